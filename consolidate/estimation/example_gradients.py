@@ -4,16 +4,20 @@ Functions that add squares to a total also return their sum for each example, it
 trace; a negative number marks an example that was not measured.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations_with_replacement, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 FEW_POSITIONS = 4  # up to here Σ_b (Σ_t g_t a_tᵀ)² is one product over pairs of positions
-THIN = 64  # rows or columns below which addmm_ may add term by term, with larger rounding errors
+PATCHED_POSITIONS = 255  # up to here what a convolution's kernel sees is copied, for products
 GROUPED_POSITIONS = 512  # up to here several examples are the groups of one convolution
-SMALL = 1 << 18  # elements of a gradient up to which several are computed in one call
+THIN = 64  # rows or columns below which addmm_ may add term by term, with larger rounding errors
+SMALL = 1 << 16  # elements of a gradient below which several are computed in one call
 CHUNK = 16  # the number of these; a multiple of MEASURED
 BLOCK = 1 << 20  # elements of a larger one that are computed, squared and added while in the cache
 MEASURED = 4  # of many positions every fourth example's gradient is summed for the spread,
@@ -40,22 +44,25 @@ class Outer(NamedTuple):
         total = total.flatten(1)
         left, right = self._factors()
         traces, measured = _to_measure(right, total, first)
-        if total.numel() <= SMALL:
+        numbers = range(len(right))[measured]
+        if total.numel() < SMALL:
+            scratch = right.new_empty(min(CHUNK, len(right)), *total.shape)
             for start in range(0, len(right), CHUNK):
                 some = slice(start, start + CHUNK)
-                squares = (left[some].mT @ right[some]).square_()
+                squares = scratch[: len(right[some])]
+                torch.bmm(left[some].mT, right[some], out=squares).square_()
                 total += squares.sum(0)
                 traces[some][measured] = squares[measured].flatten(1).sum(1)
             return traces
         height = max(1, BLOCK // right.shape[-1])
         scratch = right.new_empty(min(height, len(total)), right.shape[-1])
         for block, rows in zip(left.split(height, -1), total.split(height), strict=True):
-            product = scratch[: len(rows)]
+            gradient = scratch[: len(rows)]
             for example, (one, other) in enumerate(zip(block, right, strict=True)):
-                torch.mm(one.T, other, out=product)
-                rows.addcmul_(product, product)
-                if traces[example] >= 0:
-                    traces[example] += square(product)
+                torch.mm(one.T, other, out=gradient)
+                rows.addcmul_(gradient, gradient)
+                if example in numbers:
+                    traces[example] += square(gradient)
         return traces
 
     @property
@@ -145,19 +152,35 @@ class Rows(NamedTuple):
 class Convolved(NamedTuple):
     """Gradients of a convolution's kernel, (m, n / groups, *kernel)."""
 
-    g: Tensor  # (B, m, *out)
-    a: Tensor  # (B, n, *in), padded
+    g: Tensor  # (B, T, m)
+    a: Tensor  # (B, n, *in)
+    grid: torch.Size  # of the T positions
+    zeros: list[int]  # around a, as functional.pad takes them
     kernel: torch.Size
-    stride: list[int]
-    dilation: list[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
     groups: int
+
+    @property
+    def few(self) -> bool:
+        """Whether there are few enough positions to put their pairs into one product."""
+        return self.groups == 1 and self.g.shape[1] <= FEW_POSITIONS
+
+    @property
+    def patched(self) -> bool:
+        """Whether gradients are products of g and copies of what the kernel sees.
+
+        Products of few positions each are faster than convolutions. With many positions they are
+        not, and the copies are large.
+        """
+        return self.groups == 1 and self.g.shape[1] <= PATCHED_POSITIONS
 
     def of(self, examples: slice) -> Tensor:
         """Return the gradients of some examples, (B, *kernel), as the groups of a convolution."""
-        g, a = self.g[examples], self.a[examples]
-        size, rank = len(g), len(self.stride)
+        g, a = self.g[examples], self._padded(self.a[examples])
+        size, rank = len(g), len(self.grid)
         gradients = torch.ops.aten.convolution_backward(
-            g.reshape(1, -1, *g.shape[2:]),
+            g.mT.reshape(1, -1, *self.grid),
             a.reshape(1, -1, *a.shape[2:]),
             g.new_empty(1).expand(size * self.kernel[0], *self.kernel[1:]),
             None,
@@ -173,7 +196,20 @@ class Convolved(NamedTuple):
 
     def patches(self, examples: slice) -> Tensor:
         """Return what the kernel sees at each position, (B, T, n × kernel), without groups."""
-        return patches_of(self.a[examples], self.kernel[2:], self.stride, self.dilation)
+        padded = self._padded(self.a[examples])
+        windows = self._windows(padded).movedim(1, len(self.grid) + 1)  # (B, *grid, n, *kernel)
+        return windows.reshape(len(padded), self.g.shape[1], -1)
+
+    def _padded(self, a: Tensor) -> Tensor:
+        return functional.pad(a, self.zeros) if any(self.zeros) else a
+
+    def _windows(self, padded: Tensor) -> Tensor:
+        """Return what the kernel sees at each position as a view, (B, n, *grid, *kernel)."""
+        for axis, (size, step, gap) in enumerate(
+            zip(self.kernel[2:], self.stride, self.dilation, strict=True), 2
+        ):
+            padded = padded.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
+        return padded
 
     def add_to(self, gradient: Tensor, example: int) -> None:
         """Add one example's gradient to a tensor."""
@@ -181,16 +217,74 @@ class Convolved(NamedTuple):
 
     def add_squares(self, total: Tensor, first: int = 0) -> Tensor:
         """Add Σ_b gradient² to total, (m, n / groups, *kernel); return each example's sum, (B,)."""
+        if self.few:
+            pairs = pairs_of(self.g, 2)
+            return self.add_product(total, pairs, pairs.sum(1))
+        if self.patched:
+            with _channels_last(total) as sums:
+                return Outer(self.g, self._channels_last_patches()).add_squares(sums, first)
+        traces, measured = _to_measure(self.g, total, first)
+        numbers = range(len(self.g))[measured]
         # Small ones together; with many positions each is large enough for a call.
-        few = self.g[0, 0].numel() <= GROUPED_POSITIONS
+        few = self.g.shape[1] <= GROUPED_POSITIONS
         chunk = max(1, BLOCK // (2 * total.numel())) if few else 1
-        traces, _ = _to_measure(self.g, total, first)
         for start in range(0, len(self.g), chunk):
             for example, gradient in enumerate(self.of(slice(start, start + chunk)), start):
                 total.addcmul_(gradient, gradient)
-                if traces[example] >= 0:
+                if example in numbers:
                     traces[example] = square(gradient)
         return traces
+
+    def add_product(self, total: Tensor, pairs: Tensor, sums: Tensor) -> Tensor:
+        """Add such squares from pairs of few positions, as Outer.add_product does."""
+        if not any(self.zeros):
+            with _channels_last(total) as squares:
+                outer = Outer(self.g, self._channels_last_patches())
+                return outer.add_product(squares, pairs, sums)
+        size, count = self.g.shape[:2]
+        numbers = {pair: i for i, pair in enumerate(combinations_with_replacement(range(count), 2))}
+        pairs, sums = pairs.view(size, len(numbers), -1), sums.view(size, -1)
+        traces = sums.new_zeros(size)
+        for offset, positions, a in self._at_offsets():
+            which = [numbers[pair] for pair in combinations_with_replacement(positions, 2)]
+            left, scales, right = pairs, sums, pairs_of(a)
+            if len(which) < len(numbers):
+                chosen = torch.tensor(which, device=pairs.device)
+                left, scales = pairs.index_select(1, chosen), sums.index_select(1, chosen)
+            total[:, :, *offset] += left.flatten(0, 1).T @ right
+            traces += (scales * right.sum(1).view(size, -1)).sum(1)
+        return traces
+
+    def _channels_last_patches(self) -> Tensor:
+        """Return what the kernel sees at each position, (B, T, kernel × n), which copies faster."""
+        rank = len(self.grid)
+        a = self._padded(self.a)
+        if self.kernel[2:].numel() > 1:
+            a = a.movedim(1, -1).contiguous().movedim(-1, 1)
+        return self._windows(a).movedim(1, -1).flatten(rank + 1).flatten(1, rank)
+
+    def _at_offsets(self) -> Iterator[tuple[tuple[Any, ...], list[int], Tensor]]:
+        """Yield the kernel's offsets, which positions see inputs there, and these, (B, …, n)."""
+        last = self.a.movedim(1, -1).contiguous()
+        for terms in product(*(self._along(axis) for axis in range(len(self.grid)))):
+            positions = [0]
+            for length, (_, seeing, _) in zip(self.grid, terms, strict=True):
+                positions = [at * length + i for at in positions for i in range(length)[seeing]]
+            seen = (slice(None), *(inputs for _, _, inputs in terms))
+            offset = tuple(number for number, _, _ in terms)
+            yield offset, positions, last[seen].flatten(1, len(self.grid))
+
+    def _along(self, axis: int) -> Iterator[tuple[int, slice, slice]]:
+        """Yield offsets along an axis, the positions that see inputs there, and these inputs."""
+        stride, size, positions = self.stride[axis], self.a.shape[2 + axis], self.grid[axis]
+        before = self.zeros[-2 * (axis + 1)]
+        for offset in range(self.kernel[2 + axis]):
+            start = offset * self.dilation[axis] - before  # the input that position 0 sees
+            low = max(0, -(start // stride))
+            high = min(positions, (size - 1 - start) // stride + 1)
+            if low < high:
+                inputs = slice(start + low * stride, start + (high - 1) * stride + 1, stride)
+                yield offset, slice(low, high), inputs
 
 
 class Whole(NamedTuple):
@@ -227,16 +321,16 @@ def _to_measure(batch: Tensor, total: Tensor, first: int) -> tuple[Tensor, slice
     return traces, measured
 
 
-def patches_of(
-    a: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """Return what a kernel sees of a, (B, n, *in), at each of T positions: (B, T, n × kernel)."""
-    rank = len(kernel)
-    for axis in range(rank):
-        reach = (kernel[axis] - 1) * dilation[axis] + 1
-        a = a.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
-    a = a.movedim(1, rank + 1)  # (B, *out, n, *kernel)
-    return a.reshape(len(a), a.shape[1 : rank + 1].numel(), -1)
+@contextmanager
+def _channels_last(total: Tensor) -> Iterator[Tensor]:
+    """Yield a sum (m, kernel × n) to add to, for a total (m, n, *kernel)."""
+    last = total.movedim(1, -1)
+    if last.is_contiguous():
+        yield last.flatten(1)
+    else:
+        sums = torch.zeros(last.shape, dtype=total.dtype, device=total.device)
+        yield sums.flatten(1)
+        total += sums.movedim(-1, 1)
 
 
 def square(gradient: Tensor) -> Tensor:
@@ -288,7 +382,10 @@ def pairs_of(x: Tensor, weight: int = 1) -> Tensor:
     if x.shape[1] == 1:
         return x.squeeze(1).square()
     s, t = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
-    return (x[:, s] * x[:, t] * torch.where(s == t, 1, weight)[:, None]).flatten(0, 1)
+    pairs = x.index_select(1, s).mul_(x.index_select(1, t))
+    if weight != 1:
+        pairs *= torch.where(s == t, 1, weight)[:, None]
+    return pairs.flatten(0, 1)
 
 
 def _over_pairs(values: Tensor, examples: int) -> Tensor:

@@ -95,7 +95,7 @@ class BlockSums:
             bias = next((n for n in self._blocks[weight].parameters[1:] if n in uses), None)
             match uses[weight]:
                 case [Convolved() as one]:
-                    self._add_positions(weight, one.g.flatten(2).mT, one.patches, bias is not None)
+                    self._add_positions(weight, one.g, one.patches, bias is not None)
                 case [Outer(g, a)]:
                     self._add_positions(weight, g, a.__getitem__, bias is not None)
                 case [*several] if len(outers := _outers(several)) == len(several):

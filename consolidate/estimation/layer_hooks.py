@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from consolidate.estimation.batches import out_of_memory, own_errors
 from consolidate.estimation.example_gradients import (
+    Convolved,
     Gradients,
     Outer,
     Pulled,
@@ -34,8 +35,11 @@ from consolidate.estimation.layer_rules import linear
 from consolidate.estimation.shared_parameters import Shared, Source, Use
 
 VMAP_ELEMENTS = 1 << 22  # of per-example gradients that one module computes at a time
-Sink = Callable[[Mapping[str, Gradients], range], None]
-"""Takes per-example gradients of a call's parameters, by name, and which examples they are of."""
+Sink = Callable[[Mapping[str, Gradients], range], Tensor | None]
+"""Takes per-example gradients of a call's parameters, by name, and which examples they are of.
+
+It may return a sum of g², (B, out), if that is all to which the call's later vectors must add.
+"""
 
 
 class Unit(NamedTuple):
@@ -103,6 +107,7 @@ class Recording:
     calls: dict[str, list[int]] = field(default_factory=dict)  # the numbers of each one's, by name
     made: int = 0  # calls in all
     sink: Sink | None = None  # while a backward pass runs
+    squares: dict[int, Tensor] = field(default_factory=dict)  # what the sink returned, by call
     recording_forward: bool = True
     rerunning_unit: bool = False
     time_first: bool = False  # inside an attention of torch, whose examples are columns
@@ -115,6 +120,8 @@ class Recording:
             torch.autograd.grad(outputs, self.anchor, vector, retain_graph=keep, allow_unused=True)
         finally:
             self.sink = None  # It refers to this recording.
+            if not keep:
+                self.squares.clear()
 
     def mark(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> Any:
         """Return a call's output, marked; None where the output needs no replacement."""
@@ -183,6 +190,10 @@ class Recording:
         """Pass the gradients of a call's parameters on to the sink, given those at its outputs."""
         if self.sink is None or all(g is None for g in gradients):
             return
+        if (squares := self.squares.get(id(call))) is not None:
+            (g,) = (g.to(self.dtype).reshape(squares.shape) for g in gradients if g is not None)
+            squares.addcmul_(g, g)
+            return
         try:
             self.rerunning_unit = True
             if isinstance(call, Use):
@@ -191,7 +202,9 @@ class Recording:
                 each = self._example_gradients(call, gradients)
             for found, examples in each:
                 with falling_back(found, RuntimeError):  # None but its own parameters.
-                    self.sink(found, examples)
+                    squares = self.sink(found, examples)
+                if squares is not None and not self.layers_recompute:  # Or a call is a new one.
+                    self.squares[id(call)] = squares
         finally:
             self.rerunning_unit = False
 
@@ -271,9 +284,12 @@ class _Mark(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        call, saved = ctx.call, iter(ctx.saved_tensors)
-        inputs = [next(saved) if value is _SAVED else value for value in call.inputs]
-        ctx.recording.receive(call._replace(inputs=inputs), gradients)
+        call = ctx.call
+        if ctx.recording.layers_recompute:
+            saved = iter(ctx.saved_tensors)
+            inputs = [next(saved) if value is _SAVED else value for value in call.inputs]
+            call = call._replace(inputs=inputs)
+        ctx.recording.receive(call, gradients)
         return None, None, None, *gradients
 
 
@@ -298,16 +314,18 @@ class Squares:
         self.additions = 1  # to an element, one after the other
         self._recording = recording
         self._first = first
-        self._products: dict[str, tuple[Outer | Summed, Tensor]] = {}
+        self._products: dict[str, tuple[Outer | Summed | Convolved, Tensor]] = {}
         self._waiting: dict[str, list[Gradients]] = {}
         self._one_by_one = False
 
-    def __call__(self, gradients: Mapping[str, Gradients], examples: range) -> None:
+    def __call__(self, gradients: Mapping[str, Gradients], examples: range) -> Tensor | None:
         """Add per-example gradients of one call's parameters for one vector.
 
-        Those of `few` positions, and those that wait for a last use, cover all examples.
+        Those of `few` positions, and those that wait for a last use, cover all examples. Returns
+        the sum of pairs if these are of one position, and all that the call adds to.
         """
         pairs: dict[int, Tensor] = {}  # A layer's weight and bias share them.
+        others = self.blocks is not None
         if self.blocks is not None:
             counts = self._recording.use_counts
             once = {name: found for name, found in gradients.items() if counts[name] == 1}
@@ -316,12 +334,13 @@ class Squares:
             if name in self._recording.mismatched:
                 continue
             if self._recording.use_counts[name] > 1:
+                others = True
                 waiting = self._waiting.setdefault(name, [])
                 if waiting and isinstance(found, Pulled) and isinstance(waiting[-1], Pulled):
                     waiting[-1].gradients.add_(found.gradients)
                 else:
                     waiting.append(found)
-            elif isinstance(found, Summed) or (isinstance(found, Outer) and found.few):
+            elif isinstance(found, Summed) or (isinstance(found, Outer | Convolved) and found.few):
                 if name not in self._products:
                     if id(found.g) not in pairs:
                         pairs[id(found.g)] = pairs_of(found.g, 2)
@@ -330,10 +349,14 @@ class Squares:
                     pairs[id(found.g)] = total = self._products[name][1]
                     add_pairs(total, found.g)
             else:
-                self._one_by_one = True
+                others = self._one_by_one = True
                 self._add(name, found.add_squares(self.sums[name], self._first), examples)
         if not self.shared:
             self.end()
+        elif not others and len(pairs) == 1:
+            (total,) = pairs.values()
+            return total if len(total) == self._recording.size else None
+        return None
 
     def end_vector(self) -> None:
         """Add what waited for a parameter's last use."""
@@ -360,6 +383,9 @@ class Squares:
         self._products.clear()
 
     def _add(self, name: str, traces: Tensor, examples: range) -> None:
+        if name not in self.traces and len(examples) == self._recording.size:
+            self.traces[name] = traces
+            return
         if name not in self.traces:
             self.traces[name] = traces.new_zeros(self._recording.size)
         self.traces[name][examples.start : examples.stop] += traces

@@ -23,7 +23,6 @@ from consolidate.estimation.example_gradients import (
     Rule,
     Summed,
     Whole,
-    patches_of,
 )
 
 
@@ -36,15 +35,14 @@ def linear(module: Any, a: Tensor, g: Tensor, *, transposed: bool = False) -> di
 
 def convolution(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
     """The outputs are w ∗ x + b, channels first, with any padding of x."""
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    a = functional.pad(a, module._reversed_padding_repeated_twice, mode)
-    if module.groups == 1 and g[0, 0].numel() <= FEW_POSITIONS:
-        patches = patches_of(a, module.kernel_size, module.stride, module.dilation)
-        weight: Gradients = Outer(g.flatten(2).mT, patches)
-    else:
-        kernel = module.weight.shape
-        weight = Convolved(g, a, kernel, module.stride, module.dilation, module.groups)
-    return {"weight": weight, "bias": Whole(g.flatten(2).sum(2))}
+    zeros = module._reversed_padding_repeated_twice
+    if module.padding_mode != "zeros":
+        a, zeros = functional.pad(a, zeros, module.padding_mode), [0] * len(zeros)
+    grid, kernel, g = g.shape[2:], module.weight.shape, g.flatten(2).mT  # (B, T, out)
+    few = g.shape[1] <= FEW_POSITIONS
+    stride, dilation, groups = module.stride, module.dilation, module.groups
+    weight = Convolved(g, a, grid, zeros, kernel, stride, dilation, groups)
+    return {"weight": weight, "bias": Summed(g) if few else Whole(g.sum(1))}
 
 
 def embedding(module: Any, a: Tensor, g: Tensor) -> dict[str, Gradients]:
@@ -143,8 +141,11 @@ def _positions(tensor: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, g: Tensor, shape: Sequence[int], axis: int) -> dict[str, Gradients]:
-    """Return the gradients of w and b in x w + b, whose positions lie on that axis of shape."""
+    """Return the gradients of w and b in x w + b, whose positions lie on that axis of shape.
+
+    It overwrites x.
+    """
     return {
-        "weight": Whole((g * x).reshape(shape).sum(axis)),
+        "weight": Whole(x.mul_(g).reshape(shape).sum(axis)),
         "bias": Whole(g.reshape(shape).sum(axis)),
     }

@@ -115,7 +115,9 @@ Why the aims are not reached:
   squaring and adding it reads a matrix of the layer's size once more for each example. A kernel
   that squares a product while it is in registers would save this; plain torch has none.
 - **Convolutions.** The same, more strongly: at 4 × 4 positions, one example's gradient of a
-  512 × 512 kernel has 16 terms for each of 2.4 million elements and is bound by memory.
+  256 × 256 kernel has 16 terms for each of 590,000 elements and is bound by memory, and
+  what the kernel sees at each position is copied for the product. With 256 positions and more,
+  torch's convolution computes it.
 - **Calls.** A batch of the MLP takes {mlp} in a plain pass, in about fifty operations. Squaring the
   inputs and output gradients of three layers and summing them are forty more. They are little
   arithmetic, and the cost of the calls does not grow with the batch: at 1,024 examples the ratio is

@@ -1,6 +1,7 @@
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from consolidate.estimation.example_gradients import Rows
+from consolidate.estimation.example_gradients import (
+    FEW_POSITIONS,
+    PATCHED_POSITIONS,
+    SMALL,
+    Gradients,
+    Rows,
+)
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
+from consolidate.estimation.layer_rules import RULES, convolution, linear
 from support.modules import Checkpointed, Experts, Images, Tagger, assert_close, cut, network, tiny
 from support.one_at_a_time import (
     F64,
@@ -25,6 +33,25 @@ from support.one_at_a_time import (
 def test_an_mlp(size):
     methods = agrees_with_one_at_a_time(network(), labelled(10, 5, size=size), "softmax")
     assert methods == all_by("loop" if size == 1 else "rule", network())
+
+
+def test_further_vectors_of_single_positions_only_add_squares(monkeypatch):
+    kind, calls = "torch.nn.modules.linear.Linear", 0
+
+    def counting(*arguments: Any) -> dict[str, Gradients]:
+        nonlocal calls
+        calls += 1
+        return linear(*arguments)
+
+    monkeypatch.setitem(RULES, kind, counting)
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    counts = {}
+    for classes in (3, 4):
+        model, labels = network(classes), torch.zeros(6, dtype=torch.long)
+        calls = 0
+        fisher_diagonal(model, cut(x, labels, 2), "softmax", estimator="exact")
+        counts[classes] = calls
+    assert counts[3] == counts[4] > 0
 
 
 def test_whole_batches_are_run():
@@ -115,6 +142,82 @@ def test_convolutions_with_many_and_few_positions():
         nn.Conv2d(4, 4, 2),
     )
     goes_by_rule(Pooled(body, 4), images(1, 24, 24, size=3))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")
+@pytest.mark.parametrize(
+    ("kernel", "options", "places"),
+    [
+        (3, {"padding": 1}, (1, 1)),
+        (3, {"padding": 1}, (2, 2)),
+        (3, {"padding": (2, 1), "stride": (3, 2)}, (2, 3)),
+        ((2, 4), {"padding": "same"}, (2, 1)),  # More zeros after the inputs than before.
+        (5, {"padding": 4, "stride": 3}, (1, 1)),  # Of each five offsets two see an input.
+        (3, {"padding": 2, "dilation": 2, "stride": 2}, (3, 3)),
+        (3, {"padding": 1, "groups": 2}, (2, 2)),
+        (2, {"stride": 2}, (4, 4)),
+        (1, {"stride": 3}, (4, 4)),
+        (1, {}, (2, 1)),
+    ],
+)
+def test_convolutions_of_few_positions(kernel, options, places):
+    body = nn.Conv2d(4, 6, kernel, **options)
+    with torch.no_grad():
+        assert body(torch.ones(1, 4, *places))[0, 0].numel() <= FEW_POSITIONS
+    goes_by_rule(Pooled(body, 6), images(4, *places, size=3))
+
+
+@pytest.mark.parametrize("channels", [3, 60])
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [
+        ({"padding": 1}, (2, 2)),  # Pairs at each offset.
+        ({"stride": 2}, (5, 4)),  # Pairs over patches.
+        ({"padding": 1}, (3, 4)),  # Patches.
+        ({"padding": 1, "groups": 3}, (3, 4)),
+    ],
+)
+def test_each_examples_share_of_a_convolution(options, places, channels):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, channels + 3, 3, **options, dtype=torch.float64)
+    a = torch.randn(7, channels, *places, dtype=torch.float64)
+    outputs = conv(a)
+    g = torch.randn_like(outputs)
+    squares = torch.stack(
+        [
+            torch.autograd.grad(outputs[b], conv.weight, g[b], retain_graph=True)[0].square()
+            for b in range(len(a))
+        ]
+    )
+    total = torch.zeros_like(squares[0])
+    shares = convolution(conv, a, g)["weight"].add_squares(total, first=1)
+    torch.testing.assert_close(total, squares.sum(0))
+    measured = shares >= 0
+    assert measured.nonzero().flatten().tolist() in ([1, 5], [*range(7)])
+    torch.testing.assert_close(shares[measured], squares.flatten(1).sum(1)[measured])
+
+
+@pytest.mark.parametrize("places", [PATCHED_POSITIONS, PATCHED_POSITIONS + 1])
+def test_convolutions_of_many_positions(places):
+    goes_by_rule(Pooled(nn.Conv1d(2, 3, 3, padding=1), 3), images(2, places))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("places", [(1, 1), (2, 2), (3, 3)])
+def test_wide_convolutions_in_float32(places, bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(96, 80, 3, padding=1, bias=bias)
+    assert conv.weight.numel() > SMALL
+    model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(80 * math.prod(places), 3))
+    batches = images(96, *places, size=5)
+    expected = fisher_diagonal(copy.deepcopy(model).double(), batches, "softmax", **F64)
+    found = fisher_diagonal(model, [(x.float(), y) for x, y in batches], "softmax")
+    assert found.methods == all_by("rule", model)
+    for name, values in expected.items():
+        assert (found[name] - values).abs().max() <= 1e-6 * values.max()
+    others = cut(*(torch.cat(part) for part in zip(*batches, strict=True)), 3)
+    again = fisher_diagonal(copy.deepcopy(model).double(), others, "softmax", **F64)
+    assert_close(again, expected, 1e-12)
 
 
 @pytest.mark.parametrize(
