@@ -35,11 +35,11 @@ from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
 
-WEIGHTS = (1.0, -2.0)
-"""Of the few examples in sums that are compared; powers of two scale without rounding."""
+APART = 2.0**60
+LEVELS = (1 / APART, 1.0, APART)
+"""Of examples in a vector for a whole batch, so far apart that a row shows whose it is."""
 
 MOST_WAITING = 1 << 26  # elements of gradients stored for a parameter that several modules use
-_DENSE = torch.contiguous_format  # also where convolutions have their channels last
 _USED = "rule where used"  # by functions, not by a layer
 _LEVELS = ("rule", _USED, "module", "module by itself", "loop")  # With vmap, and without.
 
@@ -98,38 +98,44 @@ class _Probe(NamedTuple):
     def expected(
         self, together: Tensor, alone: Tensor, parameters: Mapping[str, nn.Parameter]
     ) -> "_Expected":
-        """Return autograd's own sums and squares, from the outputs of all and of the first alone.
+        """Return what autograd finds, from the outputs of both and of the first alone.
 
-        The gradients of the second are what the first leaves of the weighted sums.
+        Both are negative, so that what a method finds can be added. The gradients of the second
+        example are what the first leaves of the sums.
         """
-        first, second = WEIGHTS
-        weights = torch.tensor(WEIGHTS).view(-1, *[1] * (self.vector.ndim - 1)).to(self.vector)
         with requiring_gradients(parameters):
-            sums = _gradients(together, self.vector * weights, parameters, self.dtype)
+            sums = _gradients(together, -self.vector, parameters, self.dtype)
             one = _gradients(alone, self.vector[:1], parameters, self.dtype)
-        other = {
-            name: total.sub(one[name], alpha=first).div_(second) if name in one else total / second
-            for name, total in sums.items()
-        }
         blocks = {k: b for k, b in self.blocks.items() if b.parameters[0] in sums}
         products = zero_blocks(blocks, parameters, self.dtype)
         of_blocks = BlockSums(blocks, products, parameters, self.dtype)
-        for gradients in (one, other):
-            of_blocks.add_example(gradients)
-        squares = {}
-        for name in sums:
-            squares[name] = other.pop(name).square_()
+        of_blocks.add_example(one)
+        for block in blocks.values():
+            names = [name for name in block.parameters if name in sums]
+            other = {n: sums[n] + one[n] if n in one else sums[n] for n in names}
+            of_blocks.add_example(other)
+        squares, traces, largest = {}, {}, {}
+        zero = self.vector.new_zeros((), dtype=self.dtype)
+        for name, total in sums.items():  # Few sweeps: a small batch is bound by memory.
+            largest[name] = _largest(total)
             if name in one:
-                gradient = one.pop(name)
-                squares[name].addcmul_(gradient, gradient)
-        return _Expected(sums, squares, blocks, products)
+                first = one.pop(name)
+                second = total + first
+                torch.addcmul(zero, second, second, value=-1, out=second)
+                squares[name] = torch.addcmul(second, first, first, value=-1, out=first)
+            else:
+                squares[name] = torch.addcmul(zero, total, total, value=-1)
+            traces[name] = -squares[name].sum().item()
+        return _Expected(sums, squares, traces, largest, blocks, products)
 
 
 class _Expected(NamedTuple):
-    """What a method should find of the few examples, by name."""
+    """What a method should find of the two examples, by name."""
 
-    sums: dict[str, Tensor]  # of gradients, each example with its weight
-    squares: dict[str, Tensor]  # of gradients, summed over the examples
+    sums: dict[str, Tensor]  # −Σ gradients
+    squares: dict[str, Tensor]  # −Σ gradients²
+    traces: dict[str, float]  # the totals of these squares
+    largest: dict[str, float]  # of the sums, without sign
     blocks: dict[str, InputBlock]  # of parameters that the outputs depend on
     products: dict[str, Tensor]  # in these blocks
 
@@ -147,11 +153,11 @@ def choose_methods(
 
     Two examples of the batch are run as a batch of their own, B being the size of the whole:
 
-        together, by autograd     the sum of their gradients, each with its weight: nothing is
-                                  missing, no factor is wrong
-        the first alone           its outputs: neither changes the other's; and with the sum before,
-                                  the squares and blocks of both: no row belongs to the other, and
-                                  it is squares of sums over positions and uses that are added
+        together, by autograd     the sum of their gradients: nothing is missing, no factor is wrong
+        the first alone           its outputs: the other does not change them; and as it leaves the
+                                  other's gradients of the sum, the squares and blocks of both: no
+                                  row belongs to the other, and sums over positions and uses are
+                                  squared, not their terms
         together, by the methods  the same sums, squares and blocks, with the code of all batches
 
     That costs about 5/B of a training pass. Another third of a pass, a backward pass without the
@@ -229,54 +235,72 @@ def choose_methods(
             if failures.get(name, failure).method == failure.method:
                 failures[name] = failure
         levels |= {name: slower(levels[name]) for name in failed}
-        del expected  # As large as the model, twice; the comparison used it up.
+        del expected  # Twice as large as the model; the comparison used it up.
         expected = probe.expected(*run(), parameters)
 
 
 def verify_batch(plan: Plan, recording: Recording, outputs: Tensor, number: int) -> None:
     """Check that the rows of a whole batch, as recorded, are those of its examples.
 
-    The outputs of one example are those that it has alone. A random vector for half of the examples
-    reaches no row of another: not in a time-first layout with as many positions as examples, nor
-    where tokens are routed, rows change places, or examples leak into one another.
+    The outputs of one example are those that it has alone. A random vector, with one of LEVELS for
+    each example and never that of its neighbour, arrives with these: not in a time-first layout
+    with as many positions as examples, nor where tokens are routed, rows change places, or examples
+    leak into one another.
 
     Args:
         plan: The plan that was made on this batch.
         recording: The recorded forward pass, whose graph is kept.
         outputs: Its outputs, (B, …).
-        number: The batch's, which the vector and the half depend on.
+        number: The batch's, which the vector and the levels depend on.
 
     Raises:
-        MixedExamplesError: With the parameters, of one level, that fail.
+        MixedExamplesError: With the parameters, of one level of the plan, that fail.
     """
     assert plan.alone is not None
     example, alone = plan.alone
     if not _near(alone, outputs[example : example + 1].detach()):
         raise MixedExamplesError(plan.levels, only_loop=True)
     generator = torch.Generator().manual_seed(number)
-    vector = torch.randn(outputs.shape, generator=generator)
-    others = torch.randperm(recording.size, generator=generator)[recording.size // 2 :]
-    vector[others] = 0
-    outside = torch.zeros(recording.size, dtype=torch.bool).index_fill_(0, others, True)
-    outside = outside.to(outputs.device)
+    dtypes = {p.dtype for unit in plan.units for p in unit.module.parameters()}
+    known = (0.0, 1.0) if torch.float16 in dtypes else LEVELS
+    steps = torch.randint(1, len(known), (recording.size,), generator=generator)
+    levels = torch.tensor(known)[steps.cumsum(0) % len(known)].to(outputs.device)
+    vector = torch.randn(outputs.shape, generator=generator).to(outputs)
+    vector *= levels.to(vector).view(-1, *[1] * (vector.ndim - 1))
+    arrived: dict[str, Tensor] = {}  # the largest number in each row of a call, (B,)
     mixed: set[str] = set()
 
     def compare(gradients: Mapping[str, Gradients], examples: range) -> None:
         for name, found in gradients.items():
             rows = _rows_of(found).reshape(len(examples), -1)
-            if not rows.numel() or name in mixed:
+            if not rows.numel():
                 continue
+            if examples.start == 0:
+                arrived[name] = rows.new_zeros(recording.size)
             largest = torch.linalg.vector_norm(rows, math.inf, 1)
-            leaked = largest[outside[examples.start : examples.stop]]
-            # A NaN is named where it is added.
-            if len(leaked) and leaked.max() > torch.finfo(rows.dtype).eps ** 0.5 * largest.max():
+            arrived[name][examples.start : examples.stop] = largest
+            if examples.stop == recording.size and _are_mixed(arrived.pop(name), levels):
                 mixed.add(name)
 
-    recording.backward(outputs, vector.to(outputs), compare, keep=True)
+    recording.backward(outputs, vector, compare, keep=True)
     mixed -= recording.mismatched
     if mixed:
         level = plan.levels[min(mixed)]
         raise MixedExamplesError(name for name in mixed if plan.levels[name] == level)
+
+
+def _are_mixed(largest: Tensor, levels: Tensor) -> bool:
+    """Return whether a row, by its largest number, is not of the level of its example.
+
+    A row of zeros may be any example's. A NaN is named where it is added.
+    """
+    usual = (largest / levels)[(levels > 0) & (largest > 0)]
+    if not len(usual):
+        return False
+    expected, between = usual.median() * levels, APART**0.5
+    too_large = largest > (expected * between).clamp(min=usual.median() / APART**1.5)
+    too_small = (largest > 0) & (largest < expected / between)
+    return bool((too_large | too_small).any())
 
 
 def method_of(level: str) -> str:
@@ -385,12 +409,24 @@ def _rows_of(found: Gradients) -> Tensor:
 def _gradients(
     outputs: Tensor, vector: Tensor, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return the gradients of those parameters that the outputs depend on."""
+    """Return the gradients of those parameters that the outputs depend on, in memory of their own.
+
+    They are dense, also where convolutions have their channels last.
+    """
     if not outputs.requires_grad:
         return {}
     found = torch.autograd.grad(outputs, list(parameters.values()), vector, allow_unused=True)
-    pairs = zip(parameters, found, strict=True)
-    return {name: g.to_dense().to(dtype) for name, g in pairs if g is not None}
+    used = {vector.untyped_storage().data_ptr()}
+    gradients: dict[str, Tensor] = {}
+    for name, gradient in zip(parameters, found, strict=True):
+        if gradient is None:
+            continue
+        gradient = gradient.to_dense().to(dtype)
+        if not gradient.is_contiguous() or gradient.untyped_storage().data_ptr() in used:
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        used.add(gradient.untyped_storage().data_ptr())
+        gradients[name] = gradient
+    return gradients
 
 
 def _owners(
@@ -467,19 +503,13 @@ def _failed(
 ) -> dict[str, str | None]:
     """Return the marked parameters whose gradients are not as expected, and what was raised.
 
-    What is found is subtracted from the expected sums and squares, which are used up. A
-    RuntimeError of torch means that the model or its layers do not meet the assumptions of a
-    method.
+    What is found is added to the expected sums and squares, which are used up. A RuntimeError of
+    torch means that the model or its layers do not meet the assumptions of a method.
     """
     marked = {name for unit in units for name in unit.names.values()}
     if not marked:
         return {}
     sums, squares = expected.sums, expected.squares
-    largest_sums = {name: _largest(value) for name, value in sums.items()}
-    traces = {name: value.sum().item() for name, value in squares.items()}
-    largest_square = max(_largest(value) for value in squares.values())
-    found = {name: squares[name].neg_().contiguous() for name in marked}
-    left = {name: sums[name].contiguous() for name in marked}
     made: dict[str, Tensor] = {}  # of blocks
 
     try:
@@ -491,19 +521,17 @@ def _failed(
             blocks = recorded_blocks(expected.blocks, recording, parameters.keys() - marked)
             made = zero_blocks(blocks, parameters, probe.dtype)
             of_blocks = BlockSums(blocks, made, parameters, probe.dtype)
-            add = Squares(found, recording, 0, of_blocks)
+            add_squares = Squares(squares, recording, 0, of_blocks)
 
             def add_all(gradients: Mapping[str, Gradients], examples: range) -> None:
                 with falling_back(gradients, RuntimeError):
                     for name, of_name in gradients.items():
-                        for row, example in enumerate(examples):
-                            left[name].div_(-WEIGHTS[example])
-                            of_name.add_to(left[name], row)
-                            left[name].mul_(-WEIGHTS[example])
-                add(gradients, examples)
+                        for row in range(len(examples)):
+                            of_name.add_to(sums[name], row)
+                add_squares(gradients, examples)
 
             recording.backward(outputs, probe.vector, add_all, keep=False)
-            add.end_vector()
+            add_squares.end_vector()
     except UnitError as error:
         return dict.fromkeys(error.names, str(error))
     except (RuntimeError, InputError) as error:
@@ -513,22 +541,22 @@ def _failed(
         suspect = [u for u in units if u.shared] or [u for u in units if u.spread]
         names = {name for unit in suspect for name in unit.names.values()}
         return dict.fromkeys(names or marked, in_words(error))
-    largest_sum = max(largest_sums.values())
+    largest = max(expected.largest.values())
 
     def agrees(name: str) -> bool:
         eps = torch.finfo(parameters[name].dtype).eps
         rounding = min(100 * eps, eps**0.5)  # for what is only rounding, as a key bias has
         # Normalization is often in float32, whatever the dtype of the weights.
-        allowed = max(eps**0.5, 1e-6) * largest_sums[name] + rounding * largest_sum
-        return _largest(left[name]) <= allowed and _squares_agree(
-            found[name], traces[name], eps, largest_square
+        allowed = max(eps**0.5, 1e-6) * expected.largest[name] + rounding * largest
+        return _largest(sums[name]) <= allowed and _squares_agree(
+            squares[name], expected.traces[name], eps, largest
         )
 
     wrong = {name for name in marked if name in recording.mismatched or not agrees(name)}
     for key, block in made.items():
         eps = torch.finfo(parameters[expected.blocks[key].parameters[0]].dtype).eps
         total = torch.linalg.vector_norm(expected.products[key], 1).item()
-        if not _squares_agree(block.sub_(expected.products[key]), total, eps, largest_square):
+        if not _squares_agree(block.sub_(expected.products[key]), total, eps, largest):
             wrong |= marked & {*expected.blocks[key].parameters}
     return dict.fromkeys(wrong)
 
@@ -557,9 +585,9 @@ def _near(alone: Tensor, together: Tensor) -> bool:
 def _squares_agree(difference: Tensor, total: float, eps: float, largest: float) -> bool:
     """Return whether squares, or a block, of a sum `total` differ by no more than rounding.
 
-    An example may fall on the other side of a ReLU. `largest` is that of all parameters' squares.
+    An example may fall on the other side of a ReLU. `largest` is the largest of all gradients.
     """
-    floor = min(100 * eps, eps**0.5) ** 2 * largest * difference.numel()
+    floor = (min(100 * eps, eps**0.5) * largest) ** 2 * difference.numel()
     return torch.linalg.vector_norm(difference, 1).item() <= eps**0.25 * total + floor
 
 
