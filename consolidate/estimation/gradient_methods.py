@@ -242,7 +242,7 @@ def choose_methods(
 def verify_batch(plan: Plan, recording: Recording, outputs: Tensor, number: int) -> None:
     """Check that the rows of a whole batch, as recorded, are those of its examples.
 
-    The outputs of one example are those that it has alone. A random vector, with one of LEVELS for
+    The outputs of one example are those that it has alone. A random vector, times one of LEVELS for
     each example and never that of its neighbour, arrives with these: not in a time-first layout
     with as many positions as examples, nor where tokens are routed, rows change places, or examples
     leak into one another.
@@ -265,8 +265,8 @@ def verify_batch(plan: Plan, recording: Recording, outputs: Tensor, number: int)
     known = (0.0, 1.0) if torch.float16 in dtypes else LEVELS
     steps = torch.randint(1, len(known), (recording.size,), generator=generator)
     levels = torch.tensor(known)[steps.cumsum(0) % len(known)].to(outputs.device)
-    vector = torch.randn(outputs.shape, generator=generator).to(outputs)
-    vector *= levels.to(vector).view(-1, *[1] * (vector.ndim - 1))
+    one = torch.randn(outputs.shape[1:], generator=generator).to(outputs)
+    vector = levels.to(one).view(-1, *[1] * one.ndim) * one
     arrived: dict[str, Tensor] = {}  # the largest number in each row of a call, (B,)
     mixed: set[str] = set()
 

