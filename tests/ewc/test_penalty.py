@@ -448,7 +448,7 @@ def test_an_anchor_may_be_negative_and_tensors_empty_or_of_integers() -> None:
     fisher = {"some": torch.tensor([3, 1]), "none": torch.zeros(0, 3)}
     anchor = {"some": torch.tensor([-1.0, 2.0]), "none": torch.zeros(0, 3)}
     penalty = Penalty(model, fisher, anchor, ewc_lambda=2.0)
-    assert penalty.loss().item() == pytest.approx(3.0 * 1 + 1.0 * 4)
+    assert penalty.value() == pytest.approx(3.0 * 1 + 1.0 * 4)
 
 
 def test_a_scaled_loop_takes_the_steps_of_an_unscaled_one() -> None:
