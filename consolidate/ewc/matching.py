@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from consolidate.runtime.shards import cut_like, local, sum_of_parts
+from consolidate.runtime.shards import cut_like, is_cut, local, sum_of_parts
 from formats.errors import InputError, NonFiniteError, UsageError
 
 NamedParameters = nn.Module | Iterable[tuple[str, nn.Parameter]]
@@ -65,9 +65,11 @@ def checked_tensors(
                 f"{tuple(parameter.shape)} as the parameter; use the Fisher of this model"
             )
         least, most = _range(local(tensor))
-        flags = [not (math.isfinite(least) and math.isfinite(most)), least < 0]
-        on_device = torch.tensor(flags, dtype=torch.float32, device=tensor.device)
-        infinite, negative = sum_of_parts(on_device, tensor).tolist()
+        found = [not (math.isfinite(least) and math.isfinite(most)), least < 0]
+        if is_cut(tensor):  # All processes refuse together.
+            of_part = torch.tensor(found, dtype=torch.float32, device=tensor.device)
+            found = [total > 0 for total in sum_of_parts(of_part, tensor).tolist()]
+        infinite, negative = found
         if infinite:
             raise NonFiniteError(
                 f"the {kind} of {name!r} has values that are NaN or infinite: found {least:.3g} to "
