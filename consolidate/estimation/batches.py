@@ -27,8 +27,13 @@ class Batch:
 
     def rows(self, first: int, last: int) -> "Batch":
         """Return a batch of the examples from first up to, but excluding, last."""
-        some = slice(first, last)
+        return self._of(slice(first, last), self.indices[first:last])
 
+    def some(self, examples: Sequence[int]) -> "Batch":
+        """Return a batch of these examples, in their order."""
+        return self._of([*examples], [self.indices[i] for i in examples])
+
+    def _of(self, rows: slice | list[int], indices: Sequence[int]) -> "Batch":
         def take(tensor: Tensor) -> Tensor:
             if tensor.ndim == 0 or (tensor.shape[0] == 1 and len(self) != 1):
                 return tensor
@@ -37,10 +42,9 @@ class Batch:
                     f"input of shape {tuple(tensor.shape)} in a batch of {len(self)} labels: "
                     "expected the number of examples as its first size, or 1 if they share it"
                 )
-            return tensor[some]
+            return tensor[rows]
 
-        inputs, labels, indices = _map(take, self.inputs), self.labels[some], self.indices[some]
-        return Batch(self.number, inputs, labels, indices)
+        return Batch(self.number, _map(take, self.inputs), self.labels[rows], indices)
 
     def example(self, i: int) -> "Batch":
         """Return a batch of example i alone."""

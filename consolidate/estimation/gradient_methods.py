@@ -8,7 +8,8 @@
 A parameter takes the first of them that agrees with single examples and with autograd.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from consolidate.estimation.batches import Batch, out_of_memory, own_errors
-from consolidate.estimation.example_gradients import Gradients, square
+from consolidate.estimation.example_gradients import Gradients, Rows, Whole, square
 from consolidate.estimation.input_blocks import BlockSums, InputBlock, with_partners, zero_blocks
 from consolidate.estimation.layer_hooks import (
     Recorder,
     Recording,
+    Squares,
     Unit,
     UnitError,
-    add_squares,
     falling_back,
     has_rows,
     in_words,
@@ -34,11 +35,11 @@ from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
 
-WEIGHTS = (1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
-"""Of examples in sums that are compared; powers of two, by which sums scale without rounding."""
+APART = 2.0**60
+LEVELS = (1 / APART, 1.0, APART)
+"""Of examples in a vector for a whole batch, so far apart that a row shows whose it is."""
 
 MOST_WAITING = 1 << 26  # elements of gradients stored for a parameter that several modules use
-_DENSE = torch.contiguous_format  # also where convolutions have their channels last
 _USED = "rule where used"  # by functions, not by a layer
 _LEVELS = ("rule", _USED, "module", "module by itself", "loop")  # With vmap, and without.
 
@@ -55,6 +56,13 @@ class Failure(NamedTuple):
     error: str | None  # what was raised; None where gradients were not those of single examples
 
 
+class Alone(NamedTuple):
+    """An example of a batch that was run alone."""
+
+    example: int
+    outputs: Tensor  # (1, …)
+
+
 class Plan(NamedTuple):
     """How each parameter's per-example gradients are computed."""
 
@@ -62,39 +70,74 @@ class Plan(NamedTuple):
     units: list[Unit]  # the marked units, of parameters that do not use the loop
     failures: dict[str, Failure]  # the first method that failed, for those with one
     only_single: str | None = None  # why the model refuses several examples; None if it does not
+    alone: Alone | None = None  # for `verify_batch`; None where the few were the whole batch
+
+
+class MixedExamplesError(Exception):
+    """Rows of a batch are not those of its examples; a slower method may succeed."""
+
+    def __init__(
+        self, names: Iterable[str], *, only_loop: bool = False, refusal: str | None = None
+    ):
+        super().__init__()
+        self.names = set(names)
+        self.only_loop = only_loop  # whether none but single examples can be measured
+        self.refusal = refusal  # what the model raised with so many examples
 
 
 class _Probe(NamedTuple):
-    """A batch that is run to compare gradients, and the vector that is backpropagated."""
+    """A few examples that are run to compare gradients, and the vector that is backpropagated."""
 
     model: nn.Module
-    batch: Batch
+    few: Batch
     forward: Forward
     dtype: torch.dtype
     vector: Tensor
-    weights: Tensor  # one of WEIGHTS for each example
-    kept: tuple[int, int]  # the examples that are run alone too
-    blocks: Mapping[str, InputBlock]  # of parameters that the outputs depend on
+    blocks: Mapping[str, InputBlock]
 
-    def sums(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Return autograd's own gradients of the batch, each example with its weight."""
-        weighted = _weighted(self.vector, self.weights)
+    def expected(
+        self, together: Tensor, alone: Tensor, parameters: Mapping[str, nn.Parameter]
+    ) -> "_Expected":
+        """Return what autograd finds, from the outputs of both and of the first alone.
+
+        Both are negative, so that what a method finds can be added. The gradients of the second
+        example are what the first leaves of the sums.
+        """
         with requiring_gradients(parameters):
-            return _gradients(self.forward(self.batch), weighted, parameters, self.dtype)
+            sums = _gradients(together, -self.vector, parameters, self.dtype)
+            one = _gradients(alone, self.vector[:1], parameters, self.dtype)
+        blocks = {k: b for k, b in self.blocks.items() if b.parameters[0] in sums}
+        products = zero_blocks(blocks, parameters, self.dtype)
+        of_blocks = BlockSums(blocks, products, parameters, self.dtype)
+        of_blocks.add_example(one)
+        for block in blocks.values():
+            names = [name for name in block.parameters if name in sums]
+            other = {n: sums[n] + one[n] if n in one else sums[n] for n in names}
+            of_blocks.add_example(other)
+        squares, traces, largest = {}, {}, {}
+        zero = self.vector.new_zeros((), dtype=self.dtype)
+        for name, total in sums.items():  # Few sweeps: a small batch is bound by memory.
+            largest[name] = _largest(total)
+            if name in one:
+                first = one.pop(name)
+                second = total + first
+                torch.addcmul(zero, second, second, value=-1, out=second)
+                squares[name] = torch.addcmul(second, first, first, value=-1, out=first)
+            else:
+                squares[name] = torch.addcmul(zero, total, total, value=-1)
+            traces[name] = -squares[name].sum().item()
+        return _Expected(sums, squares, traces, largest, blocks, products)
 
-    def squares(
-        self, parameters: Mapping[str, nn.Parameter]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the squared gradients and the blocks of the examples that are run alone."""
-        squares = {name: torch.zeros_like(p, dtype=self.dtype) for name, p in parameters.items()}
-        products = zero_blocks(self.blocks, parameters, self.dtype)
-        blocks = BlockSums(self.blocks, products, parameters, self.dtype)
-        for example in self.kept:
-            with requiring_gradients(parameters):
-                outputs = self.forward(self.batch.example(example))
-                vector = self.vector[example : example + 1]
-                add_gradients(squares, parameters, outputs, [vector], blocks)
-        return squares, products
+
+class _Expected(NamedTuple):
+    """What a method should find of the two examples, by name."""
+
+    sums: dict[str, Tensor]  # −Σ gradients
+    squares: dict[str, Tensor]  # −Σ gradients²
+    traces: dict[str, float]  # the totals of these squares
+    largest: dict[str, float]  # of the sums, without sign
+    blocks: dict[str, InputBlock]  # of parameters that the outputs depend on
+    products: dict[str, Tensor]  # in these blocks
 
 
 def choose_methods(
@@ -108,66 +151,83 @@ def choose_methods(
 ) -> Plan:
     """Choose how each parameter's per-example gradients are computed.
 
-    A random vector is backpropagated through the whole batch of two or more examples. Each
-    parameter's sum over the examples, each with a random weight, must equal autograd's gradient of
-    the vector with these weights: nothing is missing, and no row belongs to an example of another
-    weight, such as a neighbour, as in time-first layouts or where tokens are routed. The squares of
-    two examples must equal those of the two run alone, and so must their part of each block; its
-    parameters have one method. Weights, vector and the two examples depend on the batch's number.
+    Two examples of the batch are run as a batch of their own, B being the size of the whole:
+
+        together, by autograd     the sum of their gradients: nothing is missing, no factor is wrong
+        the first alone           its outputs: the other does not change them; and as it leaves the
+                                  other's gradients of the sum, the squares and blocks of both: no
+                                  row belongs to the other, and sums over positions and uses are
+                                  squared, not their terms
+        together, by the methods  the same sums, squares and blocks, with the code of all batches
+
+    That costs about 5/B of a training pass. Another third of a pass, a backward pass without the
+    gradients of weights, checks what needs the whole batch (`verify_batch`).
+
+    The two are the longest and the shortest text where there is an attention mask, otherwise the
+    last example and a random one. They and the vector that is backpropagated, which is random,
+    depend on the batch's number. A parameter that fails takes the next slower method; the
+    parameters of a block have one.
 
     `levels` are those of an earlier plan, to start from. A model that draws random numbers is
     refused.
     """
     everything_by_loop = Plan(dict.fromkeys(parameters, "loop"), [], {})
+    generator = torch.Generator().manual_seed(batch.number)
+    examples = _few(batch, generator)
+    few = batch.some(examples)
+
+    def run() -> tuple[Tensor, Tensor]:
+        with requiring_gradients(parameters):
+            return forward(few), forward(few.example(0))
+
     try:
-        calls, together, vector, weights, expected = _scout(
-            model, parameters, batch, forward, dtype
-        )
+        with _noting(model, len(few)) as calls, requiring_gradients(parameters):
+            together = forward(few)
     except (RuntimeError, InputError) as error:
         if out_of_memory(error):
             raise
         # One at a time may succeed.
         return everything_by_loop._replace(only_single=in_words(error))
-    known = {k: b for k, b in (blocks or {}).items() if b.parameters[0] in expected}
-    first = (batch.number - 1) % len(batch)
-    kept = first, (first - 1) % len(batch)
-    probe = _Probe(model, batch, forward, dtype, vector, weights, kept, known)
-    for example in probe.kept:
-        alone = forward(batch.example(example))
-        if alone.shape != vector[:1].shape:
-            shapes = f"{list(alone.shape)} for one, {list(vector.shape)} for all"
-            return everything_by_loop._replace(only_single=f"outputs of shape {shapes}")
-        if not _near(alone, together[example : example + 1]):
-            if not _near(forward(batch), together):
-                raise InputError(
-                    "the model's outputs differ between two runs on the same batch: it draws "
-                    "random numbers in eval mode (such as a functional dropout without "
-                    "`training=self.training`); make it deterministic in eval mode"
-                )
-            # Examples change one another's outputs, so only single examples can be measured.
-            return everything_by_loop._replace(
-                failures=dict.fromkeys(expected, Failure("rule", None))
+    with _noting(model, 1) as calls_alone, requiring_gradients(parameters):
+        alone = forward(few.example(0))
+    if alone.shape != together[:1].shape:
+        shapes = f"{list(alone.shape)} for one, {list(together.shape)} for {len(few)}"
+        return everything_by_loop._replace(only_single=f"outputs of shape {shapes}")
+    vector = torch.randn(together.shape, generator=generator).to(together)
+    probe = _Probe(model, few, forward, dtype, vector, blocks or {})
+    expected = probe.expected(together, alone, parameters)
+    together, alone = together.detach(), alone.detach()
+    if not _near(alone, together[:1]):
+        if not _near(forward(few), together):
+            raise InputError(
+                "the model's outputs differ between two runs on the same batch: it draws "
+                "random numbers in eval mode (such as a functional dropout without "
+                "`training=self.training`); make it deterministic in eval mode"
             )
-    reached = {name: parameters[name] for name in expected}
+        # Examples change one another's outputs, so only single examples can be measured.
+        failures = dict.fromkeys(expected.sums, Failure("rule", None))
+        return everything_by_loop._replace(failures=failures)
+    calls = {m: _common(rows, calls_alone.get(m)) for m, rows in calls.items()}
+    reached = {name: parameters[name] for name in expected.sums}
     levels = {name: (levels or {}).get(name, "rule") for name in reached}
     owners = _owners(model, reached, calls)
     for name, paths in owners.items():
         if levels[name] == "rule" and not _has_rule(model, paths, calls):
             # Gradients from several modules would have to wait for the last of them.
-            waits = len(paths) > 1 and reached[name].numel() * len(batch.labels) > MOST_WAITING
+            waits = len(paths) > 1 and reached[name].numel() * len(batch) > MOST_WAITING
             levels[name] = "loop" if waits else _USED
-    failures: dict[str, Failure] = {}
-    squared, products = False, dict[str, Tensor]()
+    failures = dict[str, Failure]()
     while True:
         units = _units(model, owners, levels, calls)
         marked = {name for unit in units for name in unit.names.values()}
         levels = {n: level if n in marked else "loop" for n, level in levels.items()}
-        failed = _failed(units, reached, probe, expected, products if squared else None)
+        failed = _failed(units, reached, probe, expected)
+        if not failed:
+            verified = Alone(examples[0], alone) if len(batch) > len(few) else None
+            return Plan(levels, units, failures, alone=verified)
         for name in [*failed]:
-            of_block = with_partners([name], probe.blocks) & levels.keys()
+            of_block = with_partners([name], expected.blocks) & levels.keys()
             failed |= {n: failed[name] for n in of_block if levels[n] == levels[name]}
-        if squared and not failed:
-            return Plan(levels, units, failures)
         for name, raised in failed.items():
             if levels[name] == _USED:
                 continue  # No layer's rule failed.
@@ -175,15 +235,72 @@ def choose_methods(
             if failures.get(name, failure).method == failure.method:
                 failures[name] = failure
         levels |= {name: slower(levels[name]) for name in failed}
-        if squared or not failed:
-            # Only one of the two exists at a time, as each is as large as the model.
-            squared = not failed
-            expected.clear()
-            products.clear()
-            if squared:
-                expected, products = probe.squares(reached)
-            else:
-                expected = probe.sums(reached)
+        del expected  # Twice as large as the model; the comparison used it up.
+        expected = probe.expected(*run(), parameters)
+
+
+def verify_batch(plan: Plan, recording: Recording, outputs: Tensor, number: int) -> None:
+    """Check that the rows of a whole batch, as recorded, are those of its examples.
+
+    The outputs of one example are those that it has alone. A random vector, times one of LEVELS for
+    each example and never that of its neighbour, arrives with these: not in a time-first layout
+    with as many positions as examples, nor where tokens are routed, rows change places, or examples
+    leak into one another.
+
+    Args:
+        plan: The plan that was made on this batch.
+        recording: The recorded forward pass, whose graph is kept.
+        outputs: Its outputs, (B, …).
+        number: The batch's, which the vector and the levels depend on.
+
+    Raises:
+        MixedExamplesError: With the parameters, of one level of the plan, that fail.
+    """
+    assert plan.alone is not None
+    example, alone = plan.alone
+    if not _near(alone, outputs[example : example + 1].detach()):
+        raise MixedExamplesError(plan.levels, only_loop=True)
+    generator = torch.Generator().manual_seed(number)
+    dtypes = {p.dtype for unit in plan.units for p in unit.module.parameters()}
+    known = (0.0, 1.0) if torch.float16 in dtypes else LEVELS
+    steps = torch.randint(1, len(known), (recording.size,), generator=generator)
+    levels = torch.tensor(known)[steps.cumsum(0) % len(known)].to(outputs.device)
+    one = torch.randn(outputs.shape[1:], generator=generator).to(outputs)
+    vector = levels.to(one).view(-1, *[1] * one.ndim) * one
+    arrived: dict[str, Tensor] = {}  # the largest number in each row of a call, (B,)
+    mixed: set[str] = set()
+
+    def compare(gradients: Mapping[str, Gradients], examples: range) -> None:
+        for name, found in gradients.items():
+            rows = _rows_of(found).reshape(len(examples), -1)
+            if not rows.numel():
+                continue
+            if examples.start == 0:
+                arrived[name] = rows.new_zeros(recording.size)
+            largest = torch.linalg.vector_norm(rows, math.inf, 1)
+            arrived[name][examples.start : examples.stop] = largest
+            if examples.stop == recording.size and _are_mixed(arrived.pop(name), levels):
+                mixed.add(name)
+
+    recording.backward(outputs, vector, compare, keep=True)
+    mixed -= recording.mismatched
+    if mixed:
+        level = plan.levels[min(mixed)]
+        raise MixedExamplesError(name for name in mixed if plan.levels[name] == level)
+
+
+def _are_mixed(largest: Tensor, levels: Tensor) -> bool:
+    """Return whether a row, by its largest number, is not of the level of its example.
+
+    A row of zeros may be any example's. A NaN is named where it is added.
+    """
+    usual = (largest / levels)[(levels > 0) & (largest > 0)]
+    if not len(usual):
+        return False
+    expected, between = usual.median() * levels, APART**0.5
+    too_large = largest > (expected * between).clamp(min=usual.median() / APART**1.5)
+    too_small = (largest > 0) & (largest < expected / between)
+    return bool((too_large | too_small).any())
 
 
 def method_of(level: str) -> str:
@@ -235,15 +352,24 @@ def add_gradients(
     return traces
 
 
-def _scout(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    batch: Batch,
-    forward: Forward,
-    dtype: torch.dtype,
-) -> tuple[_Calls, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Run the batch; return calls, outputs, a random vector, random weights, and the gradients."""
-    size = len(batch.labels)
+def _few(batch: Batch, generator: torch.Generator) -> list[int]:
+    """Return two examples: of unlike lengths where a mask shows them, else a random and the last.
+
+    The random one comes first, as it is run alone; the last one ends what is done in chunks.
+    """
+    order = torch.randperm(len(batch) - 1, generator=generator).tolist()
+    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape[:1] == (len(batch),):
+        lengths = mask.flatten(1).sum(1).tolist()
+        longest, shortest = lengths.index(max(lengths)), lengths.index(min(lengths))
+        if longest != shortest:
+            return [longest, shortest]
+    return [order[0], len(batch) - 1]
+
+
+@contextmanager
+def _noting(model: nn.Module, size: int) -> Iterator[_Calls]:
+    """Note the calls of modules while a batch of `size` examples is run."""
     calls: _Calls = {}
 
     def note(module: nn.Module, args: object, kwargs: object, output: object) -> None:
@@ -255,36 +381,52 @@ def _scout(
 
     handles = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules()]
     try:
-        with requiring_gradients(parameters):
-            outputs = forward(batch)
-            generator = torch.Generator().manual_seed(batch.number)
-            vector = torch.randn(outputs.shape, generator=generator).to(outputs)
-            weights = _weights(size, generator)
-            sums = _gradients(outputs, _weighted(vector, weights), parameters, dtype)
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
-    return calls, outputs.detach(), vector, weights, sums
 
 
-def _weights(size: int, generator: torch.Generator) -> Tensor:
-    """Return one of WEIGHTS for each example, never that of its neighbour."""
-    steps = torch.randint(1, len(WEIGHTS), (size,), generator=generator)
-    return torch.tensor(WEIGHTS)[steps.cumsum(0) % len(WEIGHTS)]
+def _common(some: Sequence[bool] | None, alone: Sequence[bool] | None) -> tuple[bool, ...] | None:
+    """Return the inputs with a row per example whatever the size; None if none has."""
+    if some is None or alone is None or len(some) != len(alone):
+        return None
+    rows = tuple(a and b for a, b in zip(some, alone, strict=True))
+    return rows if any(rows) else None
 
 
-def _weighted(vector: Tensor, weights: Tensor) -> Tensor:
-    """Return a vector for the outputs with the weight of each example."""
-    return vector * weights.to(vector).view(-1, *[1] * (vector.ndim - 1))
+def _rows_of(found: Gradients) -> Tensor:
+    """Return a tensor with a row for each example, which is zero where its gradient is."""
+    match found:
+        case Whole():
+            return found.gradients
+        case Rows():
+            return found.values
+        case _:
+            return found.g
 
 
 def _gradients(
     outputs: Tensor, vector: Tensor, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return the gradients of those parameters that the outputs depend on."""
+    """Return the gradients of those parameters that the outputs depend on, in memory of their own.
+
+    They are dense, also where convolutions have their channels last.
+    """
+    if not outputs.requires_grad:
+        return {}
     found = torch.autograd.grad(outputs, list(parameters.values()), vector, allow_unused=True)
-    pairs = zip(parameters, found, strict=True)
-    return {name: g.to_dense().to(dtype) for name, g in pairs if g is not None}
+    used = {vector.untyped_storage().data_ptr()}
+    gradients: dict[str, Tensor] = {}
+    for name, gradient in zip(parameters, found, strict=True):
+        if gradient is None:
+            continue
+        gradient = gradient.to_dense().to(dtype)
+        if not gradient.is_contiguous() or gradient.untyped_storage().data_ptr() in used:
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        used.add(gradient.untyped_storage().data_ptr())
+        gradients[name] = gradient
+    return gradients
 
 
 def _owners(
@@ -357,49 +499,39 @@ def _failed(
     units: list[Unit],
     parameters: Mapping[str, nn.Parameter],
     probe: _Probe,
-    expected: Mapping[str, Tensor],
-    products: Mapping[str, Tensor] | None,
+    expected: _Expected,
 ) -> dict[str, str | None]:
     """Return the marked parameters whose gradients are not as expected, and what was raised.
 
-    Expected are the probe's `squares`, with the blocks' `products`, or its `sums`, without. A
-    RuntimeError of torch means that the model or its layers do not meet the assumptions of a
-    method.
+    What is found is added to the expected sums and squares, which are used up. A RuntimeError of
+    torch means that the model or its layers do not meet the assumptions of a method.
     """
     marked = {name for unit in units for name in unit.names.values()}
     if not marked:
         return {}
-    vector, squared = probe.vector, products is not None
-    found = {n: torch.zeros_like(expected[n], memory_format=_DENSE) for n in marked}
+    sums, squares = expected.sums, expected.squares
     made: dict[str, Tensor] = {}  # of blocks
-
-    def add(gradients: Mapping[str, Gradients], examples: range) -> None:
-        with falling_back(gradients, RuntimeError):
-            for name, of_name in gradients.items():
-                for weight in WEIGHTS:
-                    own = [i for i, at in enumerate(examples) if probe.weights[at] == weight]
-                    if not own:
-                        continue
-                    found[name].div_(weight)
-                    for example in own:
-                        of_name.add_to(found[name], example)
-                    found[name].mul_(weight)
 
     try:
         with (
             closing(Recorder(probe.model, units, probe.dtype)) as recorder,
-            recorder.recording(len(probe.batch), only_marks_need_gradients=True) as recording,
+            recorder.recording(len(probe.few), only_marks_need_gradients=True) as recording,
         ):
-            outputs = probe.forward(probe.batch)
-            if squared:
-                kept = torch.zeros_like(vector)
-                kept[list(probe.kept)] = vector[list(probe.kept)]
-                blocks = recorded_blocks(probe.blocks, recording, parameters.keys() - marked)
-                made = zero_blocks(blocks, parameters, probe.dtype)
-                sums = BlockSums(blocks, made, parameters, probe.dtype)
-                add_squares(found, recording, outputs, [kept], blocks=sums)
-            else:
-                recording.backward(outputs, vector, add, keep=False)
+            outputs = probe.forward(probe.few)
+            blocks = recorded_blocks(expected.blocks, recording, parameters.keys() - marked)
+            made = zero_blocks(blocks, parameters, probe.dtype)
+            of_blocks = BlockSums(blocks, made, parameters, probe.dtype)
+            add_squares = Squares(squares, recording, 0, of_blocks)
+
+            def add_all(gradients: Mapping[str, Gradients], examples: range) -> None:
+                with falling_back(gradients, RuntimeError):
+                    for name, of_name in gradients.items():
+                        for row in range(len(examples)):
+                            of_name.add_to(sums[name], row)
+                add_squares(gradients, examples)
+
+            recording.backward(outputs, probe.vector, add_all, keep=False)
+            add_squares.end_vector()
     except UnitError as error:
         return dict.fromkeys(error.names, str(error))
     except (RuntimeError, InputError) as error:
@@ -409,17 +541,23 @@ def _failed(
         suspect = [u for u in units if u.shared] or [u for u in units if u.spread]
         names = {name for unit in suspect for name in unit.names.values()}
         return dict.fromkeys(names or marked, in_words(error))
-    largest = max(_largest(value) for value in expected.values())
+    largest = max(expected.largest.values())
 
     def agrees(name: str) -> bool:
         eps = torch.finfo(parameters[name].dtype).eps
-        return _agree(found[name], expected[name], eps, largest, squared)
+        rounding = min(100 * eps, eps**0.5)  # for what is only rounding, as a key bias has
+        # Normalization is often in float32, whatever the dtype of the weights.
+        allowed = max(eps**0.5, 1e-6) * expected.largest[name] + rounding * largest
+        return _largest(sums[name]) <= allowed and _squares_agree(
+            squares[name], expected.traces[name], eps, largest
+        )
 
     wrong = {name for name in marked if name in recording.mismatched or not agrees(name)}
     for key, block in made.items():
-        eps = torch.finfo(parameters[probe.blocks[key].parameters[0]].dtype).eps
-        if not _blocks_agree(block, (products or {})[key], eps, largest):
-            wrong |= marked & {*probe.blocks[key].parameters}
+        eps = torch.finfo(parameters[expected.blocks[key].parameters[0]].dtype).eps
+        total = torch.linalg.vector_norm(expected.products[key], 1).item()
+        if not _squares_agree(block.sub_(expected.products[key]), total, eps, largest):
+            wrong |= marked & {*expected.blocks[key].parameters}
     return dict.fromkeys(wrong)
 
 
@@ -444,25 +582,13 @@ def _near(alone: Tensor, together: Tensor) -> bool:
     return bool((alone - together).abs().max() <= tolerance * together.abs().max().clamp(min=1e-6))
 
 
-def _agree(found: Tensor, expected: Tensor, eps: float, largest: float, squared: bool) -> bool:
-    """Return whether sums, or squares, are as expected up to rounding; overwrites `found`.
+def _squares_agree(difference: Tensor, total: float, eps: float, largest: float) -> bool:
+    """Return whether squares, or a block, of a sum `total` differ by no more than rounding.
 
-    `largest` is the largest number expected of any parameter.
+    An example may fall on the other side of a ReLU. `largest` is the largest of all gradients.
     """
-    rounding = min(100 * eps, eps**0.5)  # for gradients that are only rounding, as a key bias has
-    found.sub_(expected)
-    if squared:  # An example may fall on the other side of a ReLU.
-        floor = rounding**2 * largest * found.numel()
-        return found.abs_().sum().item() <= eps**0.25 * expected.sum().item() + floor
-    # Normalization is often in float32, whatever the dtype of the weights.
-    return _largest(found) <= max(eps**0.5, 1e-6) * _largest(expected) + rounding * largest
-
-
-def _blocks_agree(found: Tensor, expected: Tensor, eps: float, largest: float) -> bool:
-    """Return whether a block is as expected up to rounding, like squares; overwrites `found`."""
-    floor = min(100 * eps, eps**0.5) ** 2 * largest * found.numel()
-    wanted = torch.linalg.vector_norm(expected, 1).item()
-    return found.sub_(expected).abs_().sum().item() <= eps**0.25 * wanted + floor
+    floor = (min(100 * eps, eps**0.5) * largest) ** 2 * difference.numel()
+    return torch.linalg.vector_norm(difference, 1).item() <= eps**0.25 * total + floor
 
 
 def _largest(values: Tensor) -> float:

@@ -13,6 +13,7 @@ from consolidate.estimation.batches import Batch, out_of_memory, place_of, place
 from consolidate.estimation.compensated_sums import Accumulators
 from consolidate.estimation.example_gradients import MEASURED
 from consolidate.estimation.gradient_methods import (
+    MixedExamplesError,
     Plan,
     add_gradients,
     choose_methods,
@@ -20,9 +21,16 @@ from consolidate.estimation.gradient_methods import (
     recorded_blocks,
     requiring_gradients,
     slower,
+    verify_batch,
 )
 from consolidate.estimation.input_blocks import BlockSums, InputBlock, with_partners
-from consolidate.estimation.layer_hooks import Recorder, UnitError, add_squares
+from consolidate.estimation.layer_hooks import (
+    Recorder,
+    Recording,
+    UnitError,
+    add_squares,
+    in_words,
+)
 from formats.errors import InputError
 
 
@@ -85,6 +93,7 @@ class Pass:
         self._place = place_of(model)
         self._group = group
         self._plan: Plan | None = None
+        self._verified = True  # whether the plan's batch was checked as a whole
         self._recorder: Recorder | None = None  # of what is marked in the plan
         self._watched: dict[str, nn.Parameter] = {}  # those that are not in the plan
         self._by_loop = self._parameters
@@ -163,12 +172,15 @@ class Pass:
     def _added(self, batch: Batch) -> bool:
         """Add a batch; if it fails and a retry may succeed, prepare the retry and return false."""
         failed: set[str] = set()
-        raised = ""
+        raised: str | None = None
+        only_loop = False
         try:
             self._add(self._placed(batch))
             return True
         except UnitError as error:
             failed, raised = error.names, str(error)
+        except MixedExamplesError as error:
+            failed, only_loop, raised = error.names, error.only_loop, error.refusal
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -177,11 +189,14 @@ class Pass:
             self._plan = None
             before = self.levels or {}
             failed = with_partners(failed, self._blocks) & before.keys()
-            self.levels = {n: slower(v) if n in failed else v for n, v in before.items()}
-            level = before[min(failed)]  # They share one.
-            now = slower(level).replace(" by itself", ", one example at a time")
-            fallen = _fallen(method_of(level), raised, now, failed)
-            self._note(f"batch {batch.number}: {fallen}")
+            lower = "loop" if only_loop else slower(before[min(failed)])  # They share one.
+            self.levels = {n: lower if n in failed else v for n, v in before.items()}
+            if only_loop and raised is not None:
+                self._note(_only_single(raised))
+            else:
+                now = lower.replace(" by itself", ", one example at a time")
+                fallen = _fallen(method_of(before[min(failed)]), raised, now, failed)
+                self._note(f"batch {batch.number}: {fallen}")
         elif len(batch) == 1:
             raise InputError(
                 f"batch {batch.number}: out of memory with a single example; shorten the examples, "
@@ -190,6 +205,7 @@ class Pass:
         else:
             self._most = (len(batch) + 1) // 2
             self._first = None
+            self._plan = self._plan if self._verified else None
             self._note(f"out of memory with {len(batch)} examples: continuing with {self._most}")
             gc.collect()  # And the cached memory, in pieces too small for the next batch.
             backend: Any = getattr(torch, self._place.device.type, None)
@@ -221,6 +237,7 @@ class Pass:
             plan = choose_methods(
                 self._model, every, batch, forward, self._dtype, self.levels, self._blocks
             )
+            self._verified = plan.alone is None or self._first is not None
             self._plan, self.levels, self._first = plan, plan.levels, None
             self.close()
             self._watched, self._by_loop = {}, every
@@ -234,7 +251,7 @@ class Pass:
         """Report the modules that do not use the method that was tried first, and why."""
         notes = []
         if (why := plan.only_single) is not None:
-            notes = [f"the model accepts only one example at a time ({why}): continuing by loop"]
+            notes = [_only_single(why)]
         names: dict[tuple[str, str | None, str], list[str]] = {}
         for name, (method, error) in plan.failures.items():
             if (now := method_of(plan.levels[name])) != method:
@@ -260,7 +277,7 @@ class Pass:
                 requiring_gradients(watched),
                 self._recorder.recording(len(batch), only_marks_need_gradients=only) as recording,
             ):
-                outputs, vectors = self._run(batch)
+                outputs, vectors = self._run_recorded(batch, recording)
                 found = [*_dependencies(outputs, watched), *recording.mismatched]
                 together = recorded_blocks(blocks, recording, [*rest, *found])
                 blocks = {key: b for key, b in blocks.items() if key not in together}
@@ -288,6 +305,22 @@ class Pass:
             traces |= self._joined(each)
             additions = max(additions, len(batch))
         return traces, additions
+
+    def _run_recorded(self, batch: Batch, recording: Recording) -> tuple[Tensor, Iterator[Tensor]]:
+        """Run a batch, and check its rows if that is the one that methods were chosen on."""
+        if self._verified or self._plan is None:
+            return self._run(batch)
+        try:
+            outputs, vectors = self._run(batch)
+        except (RuntimeError, InputError) as error:
+            if out_of_memory(error):
+                raise
+            refusal = in_words(error)  # It accepts a few examples, but not so many.
+            raise MixedExamplesError(self._plan.levels, only_loop=True, refusal=refusal) from error
+        if outputs.requires_grad:
+            verify_batch(self._plan, recording, outputs, batch.number)
+        self._verified = True
+        return outputs, vectors
 
     def _block_sums(self, blocks: Mapping[str, InputBlock]) -> BlockSums | None:
         if not blocks:
@@ -325,6 +358,10 @@ def where_in_data(batch: Batch) -> str:
     if indices == [*range(indices[0], indices[0] + len(indices))]:
         which = f"{indices[0]} to {indices[-1]}"
     return f"batch {batch.number} (examples {which})"
+
+
+def _only_single(why: str) -> str:
+    return f"the model accepts only one example at a time ({why}): continuing by loop"
 
 
 def _fallen(method: str, error: str | None, now: str, names: Iterable[str]) -> str:

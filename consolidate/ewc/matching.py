@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from consolidate.runtime.shards import cut_like, local
+from consolidate.runtime.shards import cut_like, is_cut, local, sum_of_parts
 from formats.errors import InputError, NonFiniteError, UsageError
 
 NamedParameters = nn.Module | Iterable[tuple[str, nn.Parameter]]
@@ -64,11 +64,30 @@ def checked_tensors(
                 f"the {kind} of {name!r} has shape {tuple(tensor.shape)}: expected "
                 f"{tuple(parameter.shape)} as the parameter; use the Fisher of this model"
             )
-        if not tensor.isfinite().all():
-            raise NonFiniteError(f"the {kind} of {name!r} has values that are NaN or infinite")
-    if (fisher < 0).any():
-        raise InputError(f"the Fisher of {name!r} has negative values; measure it again")
+        least, most = _range(local(tensor))
+        found = [not (math.isfinite(least) and math.isfinite(most)), least < 0]
+        if is_cut(tensor):  # All processes refuse together.
+            of_part = torch.tensor(found, dtype=torch.float32, device=tensor.device)
+            found = [total > 0 for total in sum_of_parts(of_part, tensor).tolist()]
+        infinite, negative = found
+        if infinite:
+            raise NonFiniteError(
+                f"the {kind} of {name!r} has values that are NaN or infinite: found {least:.3g} to "
+                f"{most:.3g}"
+            )
+        if negative and kind == "Fisher":
+            raise InputError(
+                f"the Fisher of {name!r} has negative values, found {least:.3g}; measure it again"
+            )
     return cut_like(fisher.detach(), parameter), cut_like(anchor.detach(), parameter)
+
+
+def _range(tensor: Tensor) -> tuple[float, float]:
+    """Return the least and the largest value, found in one sweep; both are NaN if any value is."""
+    if not tensor.numel():
+        return 0.0, 0.0
+    least, most = tensor.aminmax()
+    return least.item(), most.item()
 
 
 def storages(tensors: Iterable[Tensor]) -> set[int]:

@@ -83,7 +83,7 @@ def test_without_memory_batches_are_halved_and_nothing_is_lost(estimator, error,
     model, notes, seen = network(), [], []
     # The first layer's gradient comes last: all others have been added by then.
     hook = fail_when(lambda x: len(x) > 3, error, backward=backward)
-    model[0].register_forward_hook(hook)
+    model[1].register_forward_hook(hook)
     found = fisher_diagonal(
         model, data, "softmax", estimator=estimator, note=notes.append, progress=seen.append
     )

@@ -423,6 +423,34 @@ def test_a_loss_scaler_skips_a_step_as_if_there_were_no_penalty(form: str, fused
     assert model.weight.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, float("nan"), 2.0], r"'weight' has values that are NaN .*found nan to nan"),
+        ([1.0, float("inf"), 2.0], r"'weight' has values that are NaN .*found 1 to inf"),
+        ([-float("inf"), 1.0, 2.0], r"'weight' has values that are NaN .*found -inf to 2"),
+        ([1.0, -0.5, 2.0], r"'weight' has negative values, found -0.5"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_are_no_fisher_are_found(
+    values: list[float], message: str, dtype: torch.dtype
+) -> None:
+    model = nn.Linear(3, 1, bias=False)
+    fisher = {"weight": torch.tensor([values], dtype=dtype)}
+    with pytest.raises((NonFiniteError, InputError), match=message):
+        Penalty(model, fisher, {"weight": torch.zeros(1, 3)}, ewc_lambda=1.0)
+
+
+def test_an_anchor_may_be_negative_and_tensors_empty_or_of_integers() -> None:
+    model = nn.Module()
+    model.some, model.none = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(0, 3))
+    fisher = {"some": torch.tensor([3, 1]), "none": torch.zeros(0, 3)}
+    anchor = {"some": torch.tensor([-1.0, 2.0]), "none": torch.zeros(0, 3)}
+    penalty = Penalty(model, fisher, anchor, ewc_lambda=2.0)
+    assert penalty.value() == pytest.approx(3.0 * 1 + 1.0 * 4)
+
+
 def test_a_scaled_loop_takes_the_steps_of_an_unscaled_one() -> None:
     models = [nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())

@@ -55,7 +55,7 @@ TESTED_THROUGH = {
     "ewc/test_penalty": "ewc.matching",
     "estimation/test_fisher_diagonal": "estimation.batches estimation.estimates",
     "estimation/test_input_blocks": "estimation.covered_layers",
-    "estimation/test_layer_rules": "estimation.example_gradients estimation.gradient_methods",
+    "estimation/test_layer_rules": "estimation.example_gradients",
     "estimation/test_passes": "estimation.layer_hooks",
     "runtime/test_distributed": "estimation.sharded_passes runtime.torchrun",
     "models/test_loading": "models.architectures models.model models.tensor_names runtime.quiet",
