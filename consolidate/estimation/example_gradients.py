@@ -17,7 +17,7 @@ FEW_POSITIONS = 4  # up to here Σ_b (Σ_t g_t a_tᵀ)² is one product over pai
 PATCHED_POSITIONS = 255  # up to here what a convolution's kernel sees is copied, for products
 GROUPED_POSITIONS = 512  # up to here several examples are the groups of one convolution
 THIN = 64  # rows or columns below which addmm_ may add term by term, with larger rounding errors
-SMALL = 1 << 16  # elements of a gradient below which several are computed in one call
+SMALL = 1 << 18  # elements of a gradient up to which several are computed in one call
 CHUNK = 16  # the number of these; a multiple of MEASURED
 BLOCK = 1 << 20  # elements of a larger one that are computed, squared and added while in the cache
 MEASURED = 4  # of many positions every fourth example's gradient is summed for the spread,
@@ -45,7 +45,7 @@ class Outer(NamedTuple):
         left, right = self._factors()
         traces, measured = _to_measure(right, total, first)
         numbers = range(len(right))[measured]
-        if total.numel() < SMALL:
+        if total.numel() <= SMALL:
             scratch = right.new_empty(min(CHUNK, len(right)), *total.shape)
             for start in range(0, len(right), CHUNK):
                 some = slice(start, start + CHUNK)
