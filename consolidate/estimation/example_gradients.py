@@ -221,8 +221,13 @@ class Convolved(NamedTuple):
             pairs = pairs_of(self.g, 2)
             return self.add_product(total, pairs, pairs.sum(1))
         if self.patched:
+            found = []
             with _channels_last(total) as sums:
-                return Outer(self.g, self._channels_last_patches()).add_squares(sums, first)
+                for start in range(0, len(self.g), CHUNK):  # Patches of all would be large.
+                    some = slice(start, start + CHUNK)
+                    outer = Outer(self.g[some], self._channels_last_patches(some))
+                    found.append(outer.add_squares(sums, first))
+            return torch.cat(found)
         traces, measured = _to_measure(self.g, total, first)
         numbers = range(len(self.g))[measured]
         # Small ones together; with many positions each is large enough for a call.
@@ -239,7 +244,7 @@ class Convolved(NamedTuple):
         """Add such squares from pairs of few positions, as Outer.add_product does."""
         if not any(self.zeros):
             with _channels_last(total) as squares:
-                outer = Outer(self.g, self._channels_last_patches())
+                outer = Outer(self.g, self._channels_last_patches(slice(None)))
                 return outer.add_product(squares, pairs, sums)
         size, count = self.g.shape[:2]
         numbers = {pair: i for i, pair in enumerate(combinations_with_replacement(range(count), 2))}
@@ -255,10 +260,10 @@ class Convolved(NamedTuple):
             traces += (scales * right.sum(1).view(size, -1)).sum(1)
         return traces
 
-    def _channels_last_patches(self) -> Tensor:
+    def _channels_last_patches(self, examples: slice) -> Tensor:
         """Return what the kernel sees at each position, (B, T, kernel × n), which copies faster."""
         rank = len(self.grid)
-        a = self._padded(self.a)
+        a = self._padded(self.a[examples])
         if self.kernel[2:].numel() > 1:
             a = a.movedim(1, -1).contiguous().movedim(-1, 1)
         return self._windows(a).movedim(1, -1).flatten(rank + 1).flatten(1, rank)

@@ -10,7 +10,7 @@ A parameter takes the first of them that agrees with single examples and with au
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -35,8 +35,8 @@ from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
 
-APART = 2.0**60
-LEVELS = (1 / APART, 1.0, APART)
+APART = 2.0**30
+LEVELS = tuple(APART**power for power in range(-3, 4))
 """Of examples in a vector for a whole batch, so far apart that a row shows whose it is."""
 
 MOST_WAITING = 1 << 26  # elements of gradients stored for a parameter that several modules use
@@ -47,6 +47,7 @@ _Calls = dict[nn.Module, tuple[bool, ...] | None]
 """The called modules, with which of their inputs have a row per example; None if none has."""
 
 Forward = Callable[[Batch], Tensor]  # from a batch to the model's outputs
+Run = Callable[[], AbstractContextManager[tuple[Recording, Tensor]]]
 
 
 class Failure(NamedTuple):
@@ -160,8 +161,9 @@ def choose_methods(
                                   squared, not their terms
         together, by the methods  the same sums, squares and blocks, with the code of all batches
 
-    That costs about 5/B of a training pass. Another third of a pass, a backward pass without the
-    gradients of weights, checks what needs the whole batch (`verify_batch`).
+    That costs about 5/B of a training pass. A forward pass and two backward passes without the
+    gradients of weights, about one training pass, check what needs the whole batch
+    (`verify_batch`).
 
     The two are the longest and the shortest text where there is an attention mask, otherwise the
     last example and a random one. They and the vector that is backpropagated, which is random,
@@ -239,68 +241,143 @@ def choose_methods(
         expected = probe.expected(*run(), parameters)
 
 
-def verify_batch(plan: Plan, recording: Recording, outputs: Tensor, number: int) -> None:
+def verify_batch(plan: Plan, run: Run, alone: Callable[[int], Tensor], number: int) -> None:
     """Check that the rows of a whole batch, as recorded, are those of its examples.
 
-    The outputs of one example are those that it has alone. A random vector, times one of LEVELS for
-    each example and never that of its neighbour, arrives with these: not in a time-first layout
-    with as many positions as examples, nor where tokens are routed, rows change places, or examples
-    leak into one another.
+    The outputs of one example are those that it has alone. A random vector, the same for each
+    example but times one of LEVELS, arrives with these at each marked call; then again with the
+    levels reversed, so that of two examples each has the larger level once. It does not in a
+    time-first layout with as many positions as examples, nor where tokens are routed, or examples
+    leak into one another. What concerns two examples alone is missed where they have the same
+    level: about once in seven times, and never for neighbours.
+
+    Rows of unlike size may look wrong, and so may what a second backward pass of one graph finds.
+    What is in doubt is therefore compared, row by row, with what the vector without levels gives,
+    each from a forward pass of its own. Where rows differ, the outputs of every example have to be
+    those that it has alone.
 
     Args:
         plan: The plan that was made on this batch.
-        recording: The recorded forward pass, whose graph is kept.
-        outputs: Its outputs, (B, …).
+        run: Runs it forward, for a block, and gives the recording and the outputs, (B, …).
+        alone: Runs one of its examples alone, by its place, and gives the outputs, (1, …).
         number: The batch's, which the vector and the levels depend on.
 
     Raises:
         MixedExamplesError: With the parameters, of one level of the plan, that fail.
     """
     assert plan.alone is not None
-    example, alone = plan.alone
-    if not _near(alone, outputs[example : example + 1].detach()):
-        raise MixedExamplesError(plan.levels, only_loop=True)
-    generator = torch.Generator().manual_seed(number)
-    dtypes = {p.dtype for unit in plan.units for p in unit.module.parameters()}
-    known = (0.0, 1.0) if torch.float16 in dtypes else LEVELS
-    steps = torch.randint(1, len(known), (recording.size,), generator=generator)
-    levels = torch.tensor(known)[steps.cumsum(0) % len(known)].to(outputs.device)
-    one = torch.randn(outputs.shape[1:], generator=generator).to(outputs)
-    vector = levels.to(one).view(-1, *[1] * one.ndim) * one
-    arrived: dict[str, Tensor] = {}  # the largest number in each row of a call, (B,)
-    mixed: set[str] = set()
+    example, expected = plan.alone
+    in_doubt = False
+    with run() as (recording, outputs):
+        if not _near(expected, outputs[example : example + 1].detach()):
+            raise MixedExamplesError(plan.levels, only_loop=True)
+        if not outputs.requires_grad:
+            return
+        generator = torch.Generator().manual_seed(number)
+        one = torch.randn(outputs.shape[1:], generator=generator).to(outputs)
+        known = _levels(plan, outputs)
+        steps = torch.randint(1, len(known), (recording.size,), generator=generator)
+        places = steps.cumsum(0) % len(known)  # never a neighbour's
+        draws = [known[at].to(outputs.device) for at in (places, len(known) - 1 - places)]
+        try:
+            for levels in draws:
+                arrived = _arrived(recording, outputs, levels, one, keep=levels is draws[0])
+                in_doubt |= any(_are_mixed(largest, levels) for _, largest in arrived)
+        except UnitError:
+            raise
+        except Exception as error:  # A graph of functions that can be used once.
+            if out_of_memory(error):
+                raise
+            in_doubt = True
+    if in_doubt:
+        _compare_rows(plan, run, alone, one, draws)
 
-    def compare(gradients: Mapping[str, Gradients], examples: range) -> None:
+
+def _compare_rows(
+    plan: Plan, run: Run, alone: Callable[[int], Tensor], one: Tensor, draws: Sequence[Tensor]
+) -> None:
+    """Compare the rows of each draw of levels with those of no levels.
+
+    Raises:
+        MixedExamplesError: Those of some parameters differ.
+    """
+    mixed: set[str] = set()
+    with run() as (recording, outputs):
+        usual = _arrived(recording, outputs, torch.ones_like(draws[0]), one, keep=False)
+    for levels in draws:
+        with run() as (recording, outputs):
+            found = _arrived(recording, outputs, levels, one, keep=False)
+        for (name, before), (_, after) in zip(usual, found, strict=True):
+            if _differ(after, before * levels, before.max() / APART**3.5):
+                mixed.add(name)
+        mixed -= recording.mismatched
+    if mixed:
+        whole = outputs.detach()
+        if not all(_near(alone(i), whole[i : i + 1]) for i in range(len(whole))):
+            raise MixedExamplesError(plan.levels, only_loop=True)
+        level = plan.levels[min(mixed)]
+        raise MixedExamplesError(name for name in mixed if plan.levels[name] == level)
+
+
+def _levels(plan: Plan, outputs: Tensor) -> Tensor:
+    """Return the levels that the outputs and the units compute with, in ascending order."""
+    dtypes = {p.dtype for unit in plan.units for p in unit.module.parameters()} | {outputs.dtype}
+    if torch.is_autocast_enabled(outputs.device.type):
+        dtypes.add(torch.get_autocast_dtype(outputs.device.type))
+    return torch.tensor((0.0, 1.0) if torch.float16 in dtypes else LEVELS)
+
+
+def _arrived(
+    recording: Recording, outputs: Tensor, levels: Tensor, one: Tensor, *, keep: bool
+) -> list[tuple[str, Tensor]]:
+    """Return the largest number in each row of each call, (B,), by the parameter's name.
+
+    Args:
+        recording: Of the forward pass.
+        outputs: Of the batch, (B, …).
+        levels: Of the examples, (B,).
+        one: The vector for each, (…).
+        keep: Whether the graph is used again.
+    """
+    done: list[tuple[str, Tensor]] = []
+    begun: dict[str, Tensor] = {}
+
+    def note(gradients: Mapping[str, Gradients], examples: range) -> None:
         for name, found in gradients.items():
             rows = _rows_of(found).reshape(len(examples), -1)
             if not rows.numel():
                 continue
             if examples.start == 0:
-                arrived[name] = rows.new_zeros(recording.size)
+                begun[name] = rows.new_zeros(recording.size)
             largest = torch.linalg.vector_norm(rows, math.inf, 1)
-            arrived[name][examples.start : examples.stop] = largest
-            if examples.stop == recording.size and _are_mixed(arrived.pop(name), levels):
-                mixed.add(name)
+            begun[name][examples.start : examples.stop] = largest
+            if examples.stop == recording.size:
+                done.append((name, begun.pop(name)))
 
-    recording.backward(outputs, vector, compare, keep=True)
-    mixed -= recording.mismatched
-    if mixed:
-        level = plan.levels[min(mixed)]
-        raise MixedExamplesError(name for name in mixed if plan.levels[name] == level)
+    vector = levels.to(one).view(-1, *[1] * one.ndim) * one
+    recording.backward(outputs, vector, note, keep=keep)
+    return done
 
 
 def _are_mixed(largest: Tensor, levels: Tensor) -> bool:
-    """Return whether a row, by its largest number, is not of the level of its example.
+    """Return whether a row, by its largest number, does not look as if of its example's level.
 
     A row of zeros may be any example's. A NaN is named where it is added.
     """
     usual = (largest / levels)[(levels > 0) & (largest > 0)]
     if not len(usual):
         return False
-    expected, between = usual.median() * levels, APART**0.5
-    too_large = largest > (expected * between).clamp(min=usual.median() / APART**1.5)
+    middle, between = usual.median(), APART**0.5
+    expected = middle * levels
+    too_large = largest > (expected * between).clamp(min=middle / APART**3.5)
     too_small = (largest > 0) & (largest < expected / between)
     return bool((too_large | too_small).any())
+
+
+def _differ(found: Tensor, expected: Tensor, least: Tensor) -> bool:
+    """Return whether some of these differ by more than rounding; what is below `least` may."""
+    large = torch.maximum(found, expected) > least
+    return bool((large & ((found > 2 * expected) | (found < expected / 2))).any())
 
 
 def method_of(level: str) -> str:

@@ -3,6 +3,7 @@
 import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -271,13 +272,14 @@ class Pass:
         traces: dict[str, Tensor] = {}
         additions = 0
         if self._recorder is not None:
+            self._verify(batch)
             watched = self._watched  # The first batch did not depend on them, but this one may.
             only = not watched
             with (
                 requiring_gradients(watched),
                 self._recorder.recording(len(batch), only_marks_need_gradients=only) as recording,
             ):
-                outputs, vectors = self._run_recorded(batch, recording)
+                outputs, vectors = self._run(batch)
                 found = [*_dependencies(outputs, watched), *recording.mismatched]
                 together = recorded_blocks(blocks, recording, [*rest, *found])
                 blocks = {key: b for key, b in blocks.items() if key not in together}
@@ -306,21 +308,36 @@ class Pass:
             additions = max(additions, len(batch))
         return traces, additions
 
-    def _run_recorded(self, batch: Batch, recording: Recording) -> tuple[Tensor, Iterator[Tensor]]:
-        """Run a batch, and check its rows if that is the one that methods were chosen on."""
-        if self._verified or self._plan is None:
-            return self._run(batch)
-        try:
-            outputs, vectors = self._run(batch)
-        except (RuntimeError, InputError) as error:
-            if out_of_memory(error):
-                raise
-            refusal = in_words(error)  # It accepts a few examples, but not so many.
-            raise MixedExamplesError(self._plan.levels, only_loop=True, refusal=refusal) from error
-        if outputs.requires_grad:
-            verify_batch(self._plan, recording, outputs, batch.number)
+    def _verify(self, batch: Batch) -> None:
+        """Check the rows of the batch that methods were chosen on."""
+        if not self._verified and self._plan is not None:
+
+            def alone(i: int) -> Tensor:
+                with torch.no_grad():
+                    return self._scores.forward(batch.example(i))
+
+            verify_batch(self._plan, lambda: self._recorded(batch), alone, batch.number)
         self._verified = True
-        return outputs, vectors
+
+    @contextmanager
+    def _recorded(self, batch: Batch) -> Iterator[tuple[Recording, Tensor]]:
+        """Run a batch forward, and record it for a block."""
+        assert self._recorder is not None
+        assert self._plan is not None
+        only = not self._watched
+        with (
+            requiring_gradients(self._watched),
+            self._recorder.recording(len(batch), only_marks_need_gradients=only) as recording,
+        ):
+            try:
+                outputs = self._scores.forward(batch)
+            except (RuntimeError, InputError) as error:
+                if out_of_memory(error):
+                    raise
+                refusal = in_words(error)  # It accepts a few examples, but not so many.
+                levels = self._plan.levels
+                raise MixedExamplesError(levels, only_loop=True, refusal=refusal) from error
+            yield recording, outputs
 
     def _block_sums(self, blocks: Mapping[str, InputBlock]) -> BlockSums | None:
         if not blocks:

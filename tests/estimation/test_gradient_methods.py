@@ -370,6 +370,102 @@ def test_examples_that_change_one_another_in_a_large_batch_only() -> None:
     ]
 
 
+class Neighbour(nn.Module):
+    """One example of a large batch adds to the next one alone."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.at = nn.Linear(5, 5), nn.Linear(5, 3), at
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        if len(x) > self.at + 1:
+            x = x.index_add(0, torch.tensor([self.at + 1]), x[self.at : self.at + 1])
+        return self.head(x)
+
+
+@pytest.mark.parametrize("at", [2, 5, 6])
+def test_an_example_that_changes_its_neighbour_alone_is_found(at: int) -> None:
+    methods = is_right_on_one_batch(Neighbour(at).double(), torch.randn(9, 5))
+    assert set(methods.values()) == {"loop"}
+
+
+class Gated(nn.Module):
+    """Experts whose shares of an example are of very unlike sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(5, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(5, 3) for _ in range(4))
+        with torch.no_grad():
+            self.gate.weight.mul_(40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.gate(x).softmax(-1)
+        return sum(shares[:, i, None] * one(x) for i, one in enumerate(self.experts))
+
+
+def test_examples_of_unlike_sizes_go_by_rule() -> None:
+    assert set(is_right_on_one_batch(Gated().double(), torch.randn(16, 5)).values()) == {"rule"}
+
+
+class Overwriting(torch.autograd.Function):
+    """A product whose backward pass puts its result into the memory of what was saved."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        of_a, of_b = gradients[0] * b, gradients[0] * a
+        a.data.copy_(of_a)  # unseen by autograd, as by a kernel of one's own
+        b.data.copy_(of_b)
+        return a, b
+
+
+class Forgetting(Overwriting):
+    """A product whose backward pass drops what it needs."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.factors = a.detach(), b.detach()
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        a, b = ctx.factors
+        del ctx.factors
+        return gradients[0] * b, gradients[0] * a
+
+
+class Product(nn.Module):
+    """Two layers, multiplied by a function whose graph can be used once."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+        self.function: Any = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function.apply(self.a(x), self.b(x)))
+
+
+@pytest.mark.parametrize("function", [Overwriting, Forgetting])
+def test_graphs_that_can_be_used_once(function: type[torch.autograd.Function]) -> None:
+    x, y = torch.randn(9, 5), torch.arange(9) % 3
+    alone = list(zip(x.split(1), y.split(1), strict=True))
+    expected = fisher_diagonal(Product(function), alone, "softmax", estimator="empirical")
+    found = fisher_diagonal(Product(function), [(x, y)], "softmax", estimator="empirical")
+    assert set(found.methods.values()) == {"rule"}
+    assert_close(found, expected, 1e-5)
+
+
 class AtMostFour(nn.Module):
     """Refuses larger batches."""
 
@@ -397,7 +493,7 @@ def test_a_model_that_takes_few_examples_goes_one_at_a_time() -> None:
 
 
 def test_the_checks_run_the_whole_batch_forward_once_and_backward_twice() -> None:
-    """As counts of examples: the checks add half a pass and a few examples, whatever the size."""
+    """As counts of examples: the checks add a pass and a few examples, whatever the size."""
     model, forward, backward = points(), [], []
 
     def count(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -408,8 +504,8 @@ def test_the_checks_run_the_whole_batch_forward_once_and_backward_twice() -> Non
     x, y = torch.randn(24, 5), torch.arange(24) % 3
     fisher_diagonal(model, [(x, y)] * 2, "softmax", estimator="empirical")
     # Two examples, one of them alone, and the two by rules; then batches, the first with a check.
-    assert forward == [2, 1, 2, 24, 24]
-    assert backward == [2, 1, 2, 24, 24, 24]
+    assert forward == [2, 1, 2, 24, 24, 24]
+    assert backward == [2, 1, 2, 24, 24, 24, 24]
 
 
 def test_the_longest_and_the_shortest_text_are_compared() -> None:
@@ -430,4 +526,4 @@ def test_the_longest_and_the_shortest_text_are_compared() -> None:
     model = Masked()
     batch = {"input_ids": torch.randint(9, (6, 6)), "attention_mask": mask}
     fisher_diagonal(model, [{**batch, "labels": torch.arange(6) % 3}], "softmax")
-    assert model.seen == [[6, 1], [6], [6, 1], lengths.tolist()]
+    assert model.seen == [[6, 1], [6], [6, 1], lengths.tolist(), lengths.tolist()]

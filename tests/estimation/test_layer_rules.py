@@ -59,8 +59,8 @@ def test_whole_batches_are_run():
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     fisher_diagonal(model, labelled(10, 5), "softmax")
-    # The check: two examples, one of them alone, and the two by rules; then all, each once.
-    assert sizes == [2, 1, 2, 4, 4, 2]
+    # The check: two examples, one of them alone, the two by rules, and a batch; then all batches.
+    assert sizes == [2, 1, 2, 4, 4, 4, 2]
 
 
 @pytest.mark.parametrize("shape", [(10, 1, 5), (10, 6, 5), (10, 2, 3, 5)])
@@ -205,10 +205,10 @@ def test_convolutions_of_many_positions(places):
 @pytest.mark.parametrize("places", [(1, 1), (2, 2), (3, 3)])
 def test_wide_convolutions_in_float32(places, bias):
     torch.manual_seed(0)
-    conv = nn.Conv2d(96, 80, 3, padding=1, bias=bias)
+    conv = nn.Conv2d(192, 160, 3, padding=1, bias=bias)
     assert conv.weight.numel() > SMALL
-    model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(80 * math.prod(places), 3))
-    batches = images(96, *places, size=5)
+    model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(160 * math.prod(places), 3))
+    batches = images(192, *places, size=5)
     expected = fisher_diagonal(copy.deepcopy(model).double(), batches, "softmax", **F64)
     found = fisher_diagonal(model, [(x.float(), y) for x, y in batches], "softmax")
     assert found.methods == all_by("rule", model)
