@@ -122,7 +122,9 @@ def _dry_run(options: FinetuneOptions, cut: ProcessGroup | None) -> FinetuneDryR
         plan = without_penalty(plan)
         LOG.info("the penalty is left out, as the model's own texts are not measured in a dry run")
     start = load_start(plan, cut)
-    _measuring(plan, start)
+    moving = _interpolator(plan, start, _measuring(plan, start), None)
+    if moving is not None:  # It may hold out some examples.
+        start = replace(start, examples=moving.examples)
     _running_statistics(plan, start)
     log_replay(start, plan.recipe)
     return {**training_cost(plan, start), "penalty": penalty}
@@ -212,7 +214,8 @@ def _with_own_fisher(plan: Plan, asked: FisherOptions, cut: ProcessGroup | None)
     if not folder.exists() and not partial_path(folder).exists():
         load_start(without_penalty(plan), cut)  # refuses data, heads and tokenizers that do not fit
     with as_fisher(asked):
-        measure_alone(asked, opened.source, None, folder, cut)
+        progress = partial_path(plan.target)
+        measure_alone(asked, opened.source, None, folder, cut, progress=progress)
     stored = stored_fisher(folder, opened.source)
     return replace(plan, opened=replace(opened, before=stored, protecting=stored, to_measure=()))
 
@@ -244,8 +247,8 @@ def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
         dtype="float32",  # like the master weights of a training
         merging=Merging(),
     )
-    folder = measured_folder(plan.target)
-    measure_alone(asked, opened.source, opened.before, folder, cut)
+    folder, progress = measured_folder(plan.target), partial_path(plan.target)
+    measure_alone(asked, opened.source, opened.before, folder, cut, progress=progress)
     LOG.info("the Fisher of %s was measured on %s, and protects it", name, data)
     return replace(plan, measured=read_fisher(folder))
 

@@ -60,7 +60,7 @@ from consolidate.views.output_card import renew_card
 from formats.atomic import partial_path, replace_folder
 from formats.checkpoint import Checkpoint, check_finite, write_checkpoint
 from formats.digest import json_digest
-from formats.errors import ConsolidateError, UsageError
+from formats.errors import ConsolidateError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_intact, read_fisher
 from formats.fisher_json import Generated, Ledger, TaskRecord, read_ledger
 from formats.hub import commits_of
@@ -158,15 +158,28 @@ def measure_alone(
     before: StoredFisher | None,
     folder: Path,
     cut: ProcessGroup | None,
+    *,
+    progress: Path,
 ) -> None:
     """Measure what a training needs first, as `plan_alone` plans it.
 
     What was written there before an interruption is taken, unless that is refused, or its texts
-    are gone.
+    are gone. `progress` is where that of the training is saved.
+
+    Raises:
+        InputError: A training that began from another measurement has saved its progress.
     """
     plan = plan_alone(options, source, before, folder)
-    if options.saving.restart or lacks_texts(options.generation) or not _is_written(plan):
-        measure(plan, cut)
+    if not options.saving.restart and _is_written(plan):
+        if lacks_texts(options.generation):
+            measure(plan, cut)
+        return
+    if not options.saving.restart and plan.target.exists() and progress.exists():
+        raise InputError(
+            f"{progress} holds saved progress of a run that began with another measurement of "
+            f"{plan.task}: start that command again, or discard it with --restart"
+        )
+    measure(plan, cut)
 
 
 def _is_written(plan: Plan) -> bool:

@@ -187,6 +187,11 @@ def test_killed_anywhere_it_resumes(
         run()
     assert (tmp_path / ".one.measured" / "fisher.json").is_file()
     assert not (tmp_path / "one").exists()
+    before = contents(tmp_path)
+    other = {**COMMON, **TRAINED, "protect_self": 5}
+    with pytest.raises(InputError, match="began with another measurement of self: start that comm"):
+        consolidate.finetune(gpt2, data, output_dir=tmp_path / "one", **other)
+    assert contents(tmp_path) == before
     monkeypatch.delattr(fisher_command, "generate_sample")  # it was measured before the last kill
     run()
     assert written(tmp_path / "one") == expected
