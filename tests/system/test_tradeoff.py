@@ -139,6 +139,29 @@ def test_a_level_that_is_not_learned_is_not_reached() -> None:
     assert difference(some, some, 0.3).bound == "~"
 
 
+def test_seeds_of_unlike_rows_are_read_as_if_their_best_were_equal() -> None:
+    generator = np.random.default_rng(0)
+    easier = np.array([0.0, 3.0, -1.0])  # of each seed's rows
+    learned = generator.normal(size=(3, 4, 50)) + np.arange(4)[:, None]  # seeds, points, rows
+    kept = -np.arange(4.0)[:, None] + generator.normal(size=(3, 4, 50)) / 10
+
+    def curves(shifts: np.ndarray) -> dict[str, dict[int, Curve]]:
+        return {
+            "a": {s: Curve(learned[s] + shifts[s], kept[s]) for s in (0, 1)},
+            "b": {s: Curve(learned[s] - 1 + shifts[s], kept[s]) for s in (1, 2)},
+            "c": {0: Curve(learned[0] - 2 + shifts[0], kept[0])},
+        }
+
+    found, alike = (pages._levelled(curves(shifts)) for shifts in (easier, np.zeros(3)))
+    for method, by_seed in found.items():
+        for seed, curve in by_seed.items():
+            moved = curve.learned.mean(1) - alike[method][seed].learned.mean(1)
+            np.testing.assert_allclose(moved, moved[0])
+            np.testing.assert_allclose(moved, [2 / 3] * 4)  # the mean of what is easier
+    best = [max(one[s].means()[0].max() for one in found.values() if s in one) for s in range(3)]
+    np.testing.assert_allclose(best, best[0])
+
+
 def test_perplexities_of_each_kind_of_text_are_those_of_its_rows() -> None:
     perplexity = np.repeat([10.0, 20.0, 40.0], 20)
     some = Curve(np.full((1, 60), -2.0), -np.log(perplexity)[None])

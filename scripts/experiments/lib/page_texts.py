@@ -67,10 +67,11 @@ class Page:
 
 
 ALIKE = """
-The test rows of the seeds are not equally hard, so that each seed's new scores, here and in the
-picture, are shifted by a constant: the best of any method is the same for all. (Until 28 November
-2026 they were not, and at the highest level one seed alone counted; the curves were known when this
-was changed.)
+The test rows of the seeds are not equally hard. So new scores, here and in the picture, count from
+the best point of any method with the same seed, to which the mean of these best is added; where
+rows are drawn, so are those of the best. A part of the best is the luck of one training. (Until 28
+November 2026 the level was one for all seeds, and at the highest one seed alone counted; the curves
+were known when this was changed.)
 """
 PRECISION = """
 All methods multiply matrices in bfloat16; weights, Fisher and penalty are in float32.
@@ -336,10 +337,11 @@ everything and resumes after an interruption:
 .venv/bin/python scripts/experiments/tasks/tradeoff.py --data-dir tradeoff-data
 ```
 
-The table gives the old score at equal new score: the best new score of any method, less a margin.
-In brackets, the seeds that reach it out of those that are done. Each page has the curves, and the
-differences with their errors. On the permutations EWC's penalty grows with the tasks, and L2's does
-not: [what EWC's gain is due to](tradeoff/permutations.md#what-ewcs-gain-over-l2-is-due-to).{quick}
+The table gives the old score at equal new score: the best new score of any method (of language
+models, with the same seed), less a margin. In brackets, the seeds that reach it out of those that
+are done. Each page has the curves, and the differences with their errors. On the permutations EWC's
+penalty grows with the tasks, and L2's does not: [what EWC's gain is due
+to](tradeoff/permutations.md#what-ewcs-gain-over-l2-is-due-to).{quick}
 
 {table}
 

@@ -103,18 +103,29 @@ def sorted_out(name: str, records: Sequence[Record], units: Units) -> Setting:
     return Setting(name, _levelled(curves) if PAGES[name].own_best else curves, found)
 
 
-def _levelled(curves: Mapping[str, Mapping[int, Curve]]) -> dict[str, dict[int, Curve]]:
-    """Move each seed's new scores by a constant, so that the best of all is the same for each."""
+def _whole(curves: Mapping[str, Mapping[int, Curve]]) -> list[Mapping[int, Curve]]:
+    """Return the curves of the methods that have the most seeds."""
     most = max(map(len, curves.values()))
-    whole = [by_seed for by_seed in curves.values() if len(by_seed) == most]
+    return [by_seed for by_seed in curves.values() if len(by_seed) == most > 0]
+
+
+def _levelled(curves: Mapping[str, Mapping[int, Curve]]) -> dict[str, dict[int, Curve]]:
+    """Take from each seed's new scores those of its best point, row by row, and add their mean.
+
+    So every seed has the same best, and a draw of test rows counts from the best on these rows.
+    """
+    whole = _whole(curves)
     best = {
-        seed: max(float(by_seed[seed].means()[0].max()) for by_seed in whole) for seed in whole[0]
+        seed: max((one[seed] for one in whole if seed in one), key=lambda c: c.means()[0].max())
+        for seed in {seed for one in whole for seed in one}
     }
-    common = float(np.mean(list(best.values()))) if best else 0.0
+    rows = {seed: one.learned[one.means()[0].argmax()] for seed, one in best.items()}
+    common = float(np.mean([one.mean() for one in rows.values()])) if rows else 0.0
     return {
         method: {
-            seed: one._replace(learned=one.learned + (common - best.get(seed, common)))
+            seed: one._replace(learned=one.learned - rows[seed] + common)
             for seed, one in by_seed.items()
+            if seed in rows
         }
         for method, by_seed in curves.items()
     }
@@ -148,13 +159,14 @@ def _curve(points: Sequence[tuple[Record, float]], rows: tuple[int, int]) -> Cur
 
 def levels(setting: Setting) -> list[float]:
     """Return the new scores at which curves are read; none while there is no curve."""
-    whole = [curves for curves in setting.curves.values() if curves]
+    whole = _whole(setting.curves)
     if not whole:
         return []
-    most = max(map(len, whole))
-    best = best_learned([curves for curves in whole if len(curves) == most])
-    scale = PAGES[setting.name].scale
-    return [best - below / scale.factor for below in scale.below]
+    page = PAGES[setting.name]
+    best = best_learned(whole)
+    if page.own_best:  # of any seed, as all have the same
+        best = max(float(one.means()[0].max()) for by_seed in whole for one in by_seed.values())
+    return [best - below / page.scale.factor for below in page.scale.below]
 
 
 def written(found: Estimate, scale: Scale, *, sign: bool = False) -> str:
