@@ -444,7 +444,7 @@ def finetune(
         restart: Discard saved progress and start over.
         overwrite: Replace an existing output unless it is up to date.
         data_digest: Store a digest of the data in the ledger.
-        dry_run: Check everything, take a few steps, and only report what the training would take.
+        dry_run: Check what can be, take a few steps, and only report what the training would take.
         on_step: Called after each optimizer step with its loss, its penalty and its learning rate;
             not for the candidates of a search.
 

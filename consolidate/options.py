@@ -837,7 +837,7 @@ class FinetuneOptions:
     saving: Saving = part(Saving())
     dry_run: bool = option(
         False,
-        "Check everything, take a few steps, and only report what the training would take.",
+        "Check what can be, take a few steps, and only report what the training would take.",
         group="Output",
         **_PER_CALL,
     )

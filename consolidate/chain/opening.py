@@ -47,20 +47,15 @@ _OTHER = {
     "megatron_config": "Megatron's layers are parallel",
 }
 _NO_PART = (
-    "_attn_implementation",
-    "_commit_hash",
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "id2label",
-    "label2id",
-    "num_labels",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
+    *("_attn_implementation", "_commit_hash", "_from_model_config", "_name_or_path"),
+    *("architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "finetuning_task"),
+    *("gradient_checkpointing", "id2label", "initializer_range", "label2id", "name_or_path"),
+    *("num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type"),
+    *("return_dict", "task_specific_params", "tokenizer_class", "torch_dtype"),
+    *("transformers_version", "unsloth_fixed", "unsloth_version", "use_cache"),
 )
-"""Keys of config.json that do not change what the weights compute; those of dropout neither."""
+"""Keys of config.json that are known not to change what the weights compute; others are told."""
+_DROPOUT = ("dropout", "pdrop", "drop_path")  # parts of keys that do not either
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W at the start
 
 
@@ -108,9 +103,14 @@ def _computing(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
     """Give what may change what the weights compute, by its keys at every depth."""
     found: dict[str, Any] = {}
     for key, value in config.items():
-        if key in _NO_PART or "drop" in key or value is None:
+        if value is None or key in _NO_PART or any(word in key for word in _DROPOUT):
             continue
-        found |= _computing(value, f"{at}{key}.") if isinstance(value, dict) else {at + key: value}
+        if key == "rope_parameters":  # transformers 5; before, without a folder of its own
+            found |= _computing({k: v for k, v in value.items() if v != "default"}, at)
+        elif isinstance(value, dict):
+            found |= _computing(value, f"{at}{key}.")
+        else:
+            found[at + key] = value
     return found
 
 

@@ -92,21 +92,20 @@ class Chats:
         return self._ids(_Chat([turn], None, self.rows.where(i)), asks=True)
 
     def before_user(self) -> list[int]:
-        """Write what stands before the words of a user who opens a chat.
+        """Write what stands before the words of a user who opens a chat; it may be nothing.
 
         Raises:
-            InputError: The template writes nothing there, or leaves the words out.
+            InputError: The template leaves the words out, or changes them.
         """
         turn = {"role": "user", "content": _WORDS}
         before, words, _ = self._text(_Chat([turn], None, str(self.source))).partition(_WORDS)
-        ids = self.tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
-        if not words or not ids:
+        if not words:
             raise InputError(
-                f"{self.source}: expected a chat template that writes something before a user's "
-                f"words, found one that {'writes nothing there' if words else 'leaves them out'}: "
-                "give --prompts FILE, or correct the template"
+                f"{self.source}: expected a chat template that writes a user's words as they are, "
+                "found one that leaves them out or changes them: measure with `consolidate fisher "
+                "--generate N --prompts FILE`, or correct the template"
             )
-        return list(ids)
+        return list(self.tokenizer(before, add_special_tokens=False)["input_ids"])
 
     def completed(
         self, i: int, row: dict[str, Any], prompt: str, completion: str, loss_on: str

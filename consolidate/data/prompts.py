@@ -45,15 +45,15 @@ def starts_of(model: Model, prompts: Rows) -> list[list[int]]:
 
     Each prompt; without prompts what a chat template writes before a user's words, since a model
     that was tuned for chats seldom saw a text begin otherwise (as in Xu et al. 2024,
-    https://arxiv.org/abs/2406.08464); without a template the first token alone.
+    https://arxiv.org/abs/2406.08464); where it writes nothing the first token alone.
     """
     if len(prompts):
         return _encoded(model, prompts)
+    ids: list[int] = []
     if getattr(model.processor, "chat_template", None):
         ids = Chats(model.processor, prompts, model.checkpoint.path).before_user()
-        where = f"{model.checkpoint.path}: the chat template"
-        return [[_known(model, token, where) for token in ids]]
-    return [[_first_token(model)]]
+    where = f"{model.checkpoint.path}: the chat template"
+    return [[_known(model, token, where) for token in ids] or [_first_token(model)]]
 
 
 def _first_token(model: Model) -> int:

@@ -56,7 +56,12 @@ def test_keys_that_compute_nothing_are_not_told(
         transformers_version="0",
         use_cache=False,
         rope_scaling=None,
+        pad_token_id=3,
+        problem_type="single_label_classification",
     )
+    stored_fisher(measured / "fisher", open_checkpoint(other))
+    change_config(measured, rope_theta=1e5)
+    change_config(other, rope_parameters={"rope_theta": 1e5, "rope_type": "default"})
     stored_fisher(measured / "fisher", open_checkpoint(other))
     (other / "config.json").unlink()
     stored_fisher(measured / "fisher", open_checkpoint(other))
