@@ -54,7 +54,7 @@ _NO_PART = (
     *("return_dict", "task_specific_params", "tokenizer_class", "torch_dtype"),
     *("transformers_version", "unsloth_fixed", "unsloth_version", "use_cache"),
 )
-"""Keys of config.json that are known not to change what the weights compute; others are told."""
+"""Keys of config.json that are known not to change what the weights compute."""
 _DROPOUT = ("dropout", "pdrop", "drop_path")  # parts of keys that do not either
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change W at the start
 
