@@ -51,6 +51,19 @@ class Batch:
         return self.rows(i, i + 1)
 
 
+class Alone(NamedTuple):
+    """An example of a batch that was run alone."""
+
+    example: int
+    outputs: Tensor  # (1, …)
+
+
+def near(alone: Tensor, together: Tensor) -> bool:
+    """Return whether outputs are equal up to rounding."""
+    tolerance = 10 * torch.finfo(alone.dtype).eps ** 0.5
+    return bool((alone - together).abs().max() <= tolerance * together.abs().max().clamp(min=1e-6))
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Return whether a device, or the system, ran out of memory for a tensor."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")

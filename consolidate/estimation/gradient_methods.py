@@ -8,17 +8,16 @@
 A parameter takes the first of them that agrees with single examples and with autograd.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from consolidate.estimation.batches import Batch, out_of_memory, own_errors
-from consolidate.estimation.example_gradients import Gradients, Rows, Whole, square
+from consolidate.estimation.batches import Alone, Batch, near, out_of_memory, own_errors
+from consolidate.estimation.example_gradients import Gradients, square
 from consolidate.estimation.input_blocks import BlockSums, InputBlock, with_partners, zero_blocks
 from consolidate.estimation.layer_hooks import (
     Recorder,
@@ -35,10 +34,6 @@ from formats.errors import InputError
 
 METHODS = ("rule", "module", "loop")
 
-APART = 2.0**30
-LEVELS = tuple(APART**power for power in range(-3, 4))
-"""Of examples in a vector for a whole batch, so far apart that a row shows whose it is."""
-
 MOST_WAITING = 1 << 26  # elements of gradients stored for a parameter that several modules use
 _USED = "rule where used"  # by functions, not by a layer
 _LEVELS = ("rule", _USED, "module", "module by itself", "loop")  # With vmap, and without.
@@ -47,7 +42,6 @@ _Calls = dict[nn.Module, tuple[bool, ...] | None]
 """The called modules, with which of their inputs have a row per example; None if none has."""
 
 Forward = Callable[[Batch], Tensor]  # from a batch to the model's outputs
-Run = Callable[[], AbstractContextManager[tuple[Recording, Tensor]]]
 
 
 class Failure(NamedTuple):
@@ -57,13 +51,6 @@ class Failure(NamedTuple):
     error: str | None  # what was raised; None where gradients were not those of single examples
 
 
-class Alone(NamedTuple):
-    """An example of a batch that was run alone."""
-
-    example: int
-    outputs: Tensor  # (1, …)
-
-
 class Plan(NamedTuple):
     """How each parameter's per-example gradients are computed."""
 
@@ -71,19 +58,7 @@ class Plan(NamedTuple):
     units: list[Unit]  # the marked units, of parameters that do not use the loop
     failures: dict[str, Failure]  # the first method that failed, for those with one
     only_single: str | None = None  # why the model refuses several examples; None if it does not
-    alone: Alone | None = None  # for `verify_batch`; None where the few were the whole batch
-
-
-class MixedExamplesError(Exception):
-    """Rows of a batch are not those of its examples; a slower method may succeed."""
-
-    def __init__(
-        self, names: Iterable[str], *, only_loop: bool = False, refusal: str | None = None
-    ):
-        super().__init__()
-        self.names = set(names)
-        self.only_loop = only_loop  # whether none but single examples can be measured
-        self.refusal = refusal  # what the model raised with so many examples
+    alone: Alone | None = None  # for `verify_rows`; None where the few were the whole batch
 
 
 class _Probe(NamedTuple):
@@ -163,7 +138,7 @@ def choose_methods(
 
     That costs about 5/B of a training pass. A forward pass and two backward passes without the
     gradients of weights, about one training pass, check what needs the whole batch
-    (`verify_batch`).
+    (`verify_rows`).
 
     The two are the longest and the shortest text where there is an attention mask, otherwise the
     last example and a random one. They and the vector that is backpropagated, which is random,
@@ -199,8 +174,8 @@ def choose_methods(
     probe = _Probe(model, few, forward, dtype, vector, blocks or {})
     expected = probe.expected(together, alone, parameters)
     together, alone = together.detach(), alone.detach()
-    if not _near(alone, together[:1]):
-        if not _near(forward(few), together):
+    if not near(alone, together[:1]):
+        if not near(forward(few), together):
             raise InputError(
                 "the model's outputs differ between two runs on the same batch: it draws "
                 "random numbers in eval mode (such as a functional dropout without "
@@ -239,145 +214,6 @@ def choose_methods(
         levels |= {name: slower(levels[name]) for name in failed}
         del expected  # Twice as large as the model; the comparison used it up.
         expected = probe.expected(*run(), parameters)
-
-
-def verify_batch(plan: Plan, run: Run, alone: Callable[[int], Tensor], number: int) -> None:
-    """Check that the rows of a whole batch, as recorded, are those of its examples.
-
-    The outputs of one example are those that it has alone. A random vector, the same for each
-    example but times one of LEVELS, arrives with these at each marked call; then again with the
-    levels reversed, so that of two examples each has the larger level once. It does not in a
-    time-first layout with as many positions as examples, nor where tokens are routed, or examples
-    leak into one another. What concerns two examples alone is missed where they have the same
-    level: about once in seven times, and never for neighbours.
-
-    Rows of unlike size may look wrong, and so may what a second backward pass of one graph finds.
-    What is in doubt is therefore compared, row by row, with what the vector without levels gives,
-    each from a forward pass of its own. Where rows differ, the outputs of every example have to be
-    those that it has alone.
-
-    Args:
-        plan: The plan that was made on this batch.
-        run: Runs it forward, for a block, and gives the recording and the outputs, (B, …).
-        alone: Runs one of its examples alone, by its place, and gives the outputs, (1, …).
-        number: The batch's, which the vector and the levels depend on.
-
-    Raises:
-        MixedExamplesError: With the parameters, of one level of the plan, that fail.
-    """
-    assert plan.alone is not None
-    example, expected = plan.alone
-    in_doubt = False
-    with run() as (recording, outputs):
-        if not _near(expected, outputs[example : example + 1].detach()):
-            raise MixedExamplesError(plan.levels, only_loop=True)
-        if not outputs.requires_grad:
-            return
-        generator = torch.Generator().manual_seed(number)
-        one = torch.randn(outputs.shape[1:], generator=generator).to(outputs)
-        known = _levels(plan, outputs)
-        steps = torch.randint(1, len(known), (recording.size,), generator=generator)
-        places = steps.cumsum(0) % len(known)  # never a neighbour's
-        draws = [known[at].to(outputs.device) for at in (places, len(known) - 1 - places)]
-        try:
-            for levels in draws:
-                arrived = _arrived(recording, outputs, levels, one, keep=levels is draws[0])
-                in_doubt |= any(_are_mixed(largest, levels) for _, largest in arrived)
-        except UnitError:
-            raise
-        except Exception as error:  # A graph of functions that can be used once.
-            if out_of_memory(error):
-                raise
-            in_doubt = True
-    if in_doubt:
-        _compare_rows(plan, run, alone, one, draws)
-
-
-def _compare_rows(
-    plan: Plan, run: Run, alone: Callable[[int], Tensor], one: Tensor, draws: Sequence[Tensor]
-) -> None:
-    """Compare the rows of each draw of levels with those of no levels.
-
-    Raises:
-        MixedExamplesError: Those of some parameters differ.
-    """
-    mixed: set[str] = set()
-    with run() as (recording, outputs):
-        usual = _arrived(recording, outputs, torch.ones_like(draws[0]), one, keep=False)
-    for levels in draws:
-        with run() as (recording, outputs):
-            found = _arrived(recording, outputs, levels, one, keep=False)
-        for (name, before), (_, after) in zip(usual, found, strict=True):
-            if _differ(after, before * levels, before.max() / APART**3.5):
-                mixed.add(name)
-        mixed -= recording.mismatched
-    if mixed:
-        whole = outputs.detach()
-        if not all(_near(alone(i), whole[i : i + 1]) for i in range(len(whole))):
-            raise MixedExamplesError(plan.levels, only_loop=True)
-        level = plan.levels[min(mixed)]
-        raise MixedExamplesError(name for name in mixed if plan.levels[name] == level)
-
-
-def _levels(plan: Plan, outputs: Tensor) -> Tensor:
-    """Return the levels that the outputs and the units compute with, in ascending order."""
-    dtypes = {p.dtype for unit in plan.units for p in unit.module.parameters()} | {outputs.dtype}
-    if torch.is_autocast_enabled(outputs.device.type):
-        dtypes.add(torch.get_autocast_dtype(outputs.device.type))
-    return torch.tensor((0.0, 1.0) if torch.float16 in dtypes else LEVELS)
-
-
-def _arrived(
-    recording: Recording, outputs: Tensor, levels: Tensor, one: Tensor, *, keep: bool
-) -> list[tuple[str, Tensor]]:
-    """Return the largest number in each row of each call, (B,), by the parameter's name.
-
-    Args:
-        recording: Of the forward pass.
-        outputs: Of the batch, (B, …).
-        levels: Of the examples, (B,).
-        one: The vector for each, (…).
-        keep: Whether the graph is used again.
-    """
-    done: list[tuple[str, Tensor]] = []
-    begun: dict[str, Tensor] = {}
-
-    def note(gradients: Mapping[str, Gradients], examples: range) -> None:
-        for name, found in gradients.items():
-            rows = _rows_of(found).reshape(len(examples), -1)
-            if not rows.numel():
-                continue
-            if examples.start == 0:
-                begun[name] = rows.new_zeros(recording.size)
-            largest = torch.linalg.vector_norm(rows, math.inf, 1)
-            begun[name][examples.start : examples.stop] = largest
-            if examples.stop == recording.size:
-                done.append((name, begun.pop(name)))
-
-    vector = levels.to(one).view(-1, *[1] * one.ndim) * one
-    recording.backward(outputs, vector, note, keep=keep)
-    return done
-
-
-def _are_mixed(largest: Tensor, levels: Tensor) -> bool:
-    """Return whether a row, by its largest number, does not look as if of its example's level.
-
-    A row of zeros may be any example's. A NaN is named where it is added.
-    """
-    usual = (largest / levels)[(levels > 0) & (largest > 0)]
-    if not len(usual):
-        return False
-    middle, between = usual.median(), APART**0.5
-    expected = middle * levels
-    too_large = largest > (expected * between).clamp(min=middle / APART**3.5)
-    too_small = (largest > 0) & (largest < expected / between)
-    return bool((too_large | too_small).any())
-
-
-def _differ(found: Tensor, expected: Tensor, least: Tensor) -> bool:
-    """Return whether some of these differ by more than rounding; what is below `least` may."""
-    large = torch.maximum(found, expected) > least
-    return bool((large & ((found > 2 * expected) | (found < expected / 2))).any())
 
 
 def method_of(level: str) -> str:
@@ -470,17 +306,6 @@ def _common(some: Sequence[bool] | None, alone: Sequence[bool] | None) -> tuple[
         return None
     rows = tuple(a and b for a, b in zip(some, alone, strict=True))
     return rows if any(rows) else None
-
-
-def _rows_of(found: Gradients) -> Tensor:
-    """Return a tensor with a row for each example, which is zero where its gradient is."""
-    match found:
-        case Whole():
-            return found.gradients
-        case Rows():
-            return found.values
-        case _:
-            return found.g
 
 
 def _gradients(
@@ -651,12 +476,6 @@ def recorded_blocks(
         for key, block in blocks.items()
         if missing.isdisjoint(block.parameters) and not recording.apart(block.parameters)
     }
-
-
-def _near(alone: Tensor, together: Tensor) -> bool:
-    """Return whether outputs are equal up to rounding."""
-    tolerance = 10 * torch.finfo(alone.dtype).eps ** 0.5
-    return bool((alone - together).abs().max() <= tolerance * together.abs().max().clamp(min=1e-6))
 
 
 def _squares_agree(difference: Tensor, total: float, eps: float, largest: float) -> bool:

@@ -14,7 +14,6 @@ from consolidate.estimation.batches import Batch, out_of_memory, place_of, place
 from consolidate.estimation.compensated_sums import Accumulators
 from consolidate.estimation.example_gradients import MEASURED
 from consolidate.estimation.gradient_methods import (
-    MixedExamplesError,
     Plan,
     add_gradients,
     choose_methods,
@@ -22,7 +21,6 @@ from consolidate.estimation.gradient_methods import (
     recorded_blocks,
     requiring_gradients,
     slower,
-    verify_batch,
 )
 from consolidate.estimation.input_blocks import BlockSums, InputBlock, with_partners
 from consolidate.estimation.layer_hooks import (
@@ -32,6 +30,7 @@ from consolidate.estimation.layer_hooks import (
     add_squares,
     in_words,
 )
+from consolidate.estimation.whole_batch import MixedExamplesError, verify_rows
 from formats.errors import InputError
 
 
@@ -181,7 +180,8 @@ class Pass:
         except UnitError as error:
             failed, raised = error.names, str(error)
         except MixedExamplesError as error:
-            failed, only_loop, raised = error.names, error.only_loop, error.refusal
+            only_loop, raised = error.only_loop, error.refusal
+            failed = {*(self.levels or {})} if only_loop else error.names
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -189,14 +189,16 @@ class Pass:
         if failed:
             self._plan = None
             before = self.levels or {}
+            level = before[min(failed)]  # Those of another, if any, fail again.
+            failed = {n for n in failed if only_loop or before[n] == level}
             failed = with_partners(failed, self._blocks) & before.keys()
-            lower = "loop" if only_loop else slower(before[min(failed)])  # They share one.
+            lower = "loop" if only_loop else slower(level)
             self.levels = {n: lower if n in failed else v for n, v in before.items()}
             if only_loop and raised is not None:
                 self._note(_only_single(raised))
             else:
                 now = lower.replace(" by itself", ", one example at a time")
-                fallen = _fallen(method_of(before[min(failed)]), raised, now, failed)
+                fallen = _fallen(method_of(level), raised, now, failed)
                 self._note(f"batch {batch.number}: {fallen}")
         elif len(batch) == 1:
             raise InputError(
@@ -316,14 +318,15 @@ class Pass:
                 with torch.no_grad():
                     return self._scores.forward(batch.example(i))
 
-            verify_batch(self._plan, lambda: self._recorded(batch), alone, batch.number)
+            assert self._plan.alone is not None
+            known, units = self._plan.alone, self._plan.units
+            verify_rows(known, lambda: self._recorded(batch), alone, batch.number, units)
         self._verified = True
 
     @contextmanager
     def _recorded(self, batch: Batch) -> Iterator[tuple[Recording, Tensor]]:
         """Run a batch forward, and record it for a block."""
         assert self._recorder is not None
-        assert self._plan is not None
         only = not self._watched
         with (
             requiring_gradients(self._watched),
@@ -335,8 +338,7 @@ class Pass:
                 if out_of_memory(error):
                     raise
                 refusal = in_words(error)  # It accepts a few examples, but not so many.
-                levels = self._plan.levels
-                raise MixedExamplesError(levels, only_loop=True, refusal=refusal) from error
+                raise MixedExamplesError(only_loop=True, refusal=refusal) from error
             yield recording, outputs
 
     def _block_sums(self, blocks: Mapping[str, InputBlock]) -> BlockSums | None:

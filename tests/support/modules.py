@@ -1,10 +1,14 @@
 """Modules whose layers need every rule, and comparisons of their Fishers."""
 
+import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 
 
 def network(outputs: int = 3) -> nn.Module:
@@ -167,3 +171,18 @@ def tiny(name: str) -> tuple[nn.Module, dict[str, Tensor], Tensor, str]:
     )  # fmt: skip
     model = transformers.ViTForImageClassification(config)
     return model, {"pixel_values": torch.randn(2, 1, 4, 4)}, torch.tensor([0, 2]), "softmax"
+
+
+def is_right_on_one_batch(
+    model: nn.Module, x: Tensor, change: Callable[[], None] = lambda: None
+) -> dict[str, str]:
+    """Compare a batch, after a change, with its examples alone; return the methods."""
+    x, y = x.double() if x.is_floating_point() else x, torch.arange(len(x)) % 3
+    alone = list(zip(x.split(1), y.split(1), strict=True))
+    expected = fisher_diagonal(
+        copy.deepcopy(model), alone, "softmax", accumulate_dtype=torch.float64
+    )
+    change()
+    found = fisher_diagonal(model, [(x, y)], "softmax", accumulate_dtype=torch.float64)
+    assert_close(found, expected, 1e-9)
+    return found.methods

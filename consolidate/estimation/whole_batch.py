@@ -1,0 +1,187 @@
+"""The check that the rows of a whole batch are those of its examples."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from consolidate.estimation.batches import Alone, near, out_of_memory
+from consolidate.estimation.example_gradients import Gradients, Rows, Whole
+from consolidate.estimation.layer_hooks import Recording, Unit, UnitError
+
+APART = 2.0**30
+FACTORS = tuple(APART**power for power in range(-3, 4))
+"""Of examples in a vector for a whole batch, so far apart that a row shows whose it is."""
+
+Run = Callable[[], AbstractContextManager[tuple[Recording, Tensor]]]
+
+
+class MixedExamplesError(Exception):
+    """Rows of a batch are not those of its examples; a slower method may succeed."""
+
+    def __init__(
+        self, names: Iterable[str] = (), *, only_loop: bool = False, refusal: str | None = None
+    ):
+        super().__init__()
+        self.names = set(names)  # of parameters
+        self.only_loop = only_loop  # whether none but single examples can be measured
+        self.refusal = refusal  # what the model raised with so many examples
+
+
+def verify_rows(
+    known: Alone,
+    run: Run,
+    run_alone: Callable[[int], Tensor],
+    number: int,
+    units: Iterable[Unit],
+) -> None:
+    """Check that the rows of a whole batch, as recorded, are those of its examples.
+
+    The outputs of one example are those that it has alone. A random vector, the same for each
+    example but times one of FACTORS, arrives with these at each marked call; then again with the
+    factors reversed, so that of two examples each has the larger factor once. It does not in a
+    time-first layout with as many positions as examples, nor where tokens are routed, or examples
+    leak into one another. What concerns two examples alone is missed where they have the same
+    factor: about once in seven times, and never for neighbours.
+
+    Rows of unlike size may look wrong, and so may what a second backward pass of one graph finds.
+    What is in doubt is therefore compared, row by row, with what the vector without factors gives,
+    each from a forward pass of its own. Where rows differ, the outputs of every example have to be
+    those that it has alone.
+
+    Args:
+        known: An example of it, and its outputs.
+        run: Runs it forward, for a block, and gives the recording and the outputs, (B, …).
+        run_alone: Runs one of its examples, by its place, and gives the outputs, (1, …).
+        number: The batch's, which the vector and the factors depend on.
+        units: What is marked.
+
+    Raises:
+        MixedExamplesError: With the parameters that fail, or for all.
+    """
+    example, expected = known
+    in_doubt = False
+    with run() as (recording, outputs):
+        if not near(expected, outputs[example : example + 1].detach()):
+            raise MixedExamplesError(only_loop=True)
+        if not outputs.requires_grad:
+            return
+        generator = torch.Generator().manual_seed(number)
+        one = torch.randn(outputs.shape[1:], generator=generator).to(outputs)
+        ascending = _factors(units, outputs)
+        steps = torch.randint(1, len(ascending), (recording.size,), generator=generator)
+        places = steps.cumsum(0) % len(ascending)  # never a neighbour's
+        draws = [ascending[at].to(outputs.device) for at in (places, len(ascending) - 1 - places)]
+        try:
+            for factors in draws:
+                arrived = _arrived(recording, outputs, factors, one, keep=factors is draws[0])
+                in_doubt |= any(_are_mixed(largest, factors) for _, largest in arrived)
+        except UnitError:
+            raise
+        except Exception as error:  # A graph of functions that can be used once.
+            if out_of_memory(error):
+                raise
+            in_doubt = True
+    if in_doubt:
+        _compare_rows(run, run_alone, one, draws)
+
+
+def _compare_rows(
+    run: Run, run_alone: Callable[[int], Tensor], one: Tensor, draws: Sequence[Tensor]
+) -> None:
+    """Compare the rows of each draw of factors with those of no factors.
+
+    Raises:
+        MixedExamplesError: Those of some parameters differ.
+    """
+    mixed: set[str] = set()
+    with run() as (recording, outputs):
+        usual = _arrived(recording, outputs, torch.ones_like(draws[0]), one, keep=False)
+    for factors in draws:
+        with run() as (recording, outputs):
+            found = _arrived(recording, outputs, factors, one, keep=False)
+        if [name for name, _ in usual] != [name for name, _ in found]:  # Other calls than before.
+            raise MixedExamplesError(only_loop=True)
+        for (name, before), (_, after) in zip(usual, found, strict=True):
+            if _differ(after, before * factors, before.max() / APART**3.5):
+                mixed.add(name)
+        mixed -= recording.mismatched
+    if mixed:
+        whole = outputs.detach()
+        if not all(near(run_alone(i), whole[i : i + 1]) for i in range(len(whole))):
+            raise MixedExamplesError(only_loop=True)
+        raise MixedExamplesError(mixed)
+
+
+def _factors(units: Iterable[Unit], outputs: Tensor) -> Tensor:
+    """Return the factors that the outputs and the units compute with, in ascending order."""
+    dtypes = {p.dtype for unit in units for p in unit.module.parameters()} | {outputs.dtype}
+    if torch.is_autocast_enabled(outputs.device.type):
+        dtypes.add(torch.get_autocast_dtype(outputs.device.type))
+    return torch.tensor((0.0, 1.0) if torch.float16 in dtypes else FACTORS)
+
+
+def _arrived(
+    recording: Recording, outputs: Tensor, factors: Tensor, one: Tensor, *, keep: bool
+) -> list[tuple[str, Tensor]]:
+    """Return the largest number in each row of each call, (B,), by the parameter's name.
+
+    Args:
+        recording: Of the forward pass.
+        outputs: Of the batch, (B, …).
+        factors: Of the examples, (B,).
+        one: The vector for each, (…).
+        keep: Whether the graph is used again.
+    """
+    done: list[tuple[str, Tensor]] = []
+    begun: dict[str, Tensor] = {}
+
+    def note(gradients: Mapping[str, Gradients], examples: range) -> None:
+        for name, found in gradients.items():
+            rows = _rows_of(found).reshape(len(examples), -1)
+            if not rows.numel():
+                continue
+            if examples.start == 0:
+                begun[name] = rows.new_zeros(recording.size)
+            largest = torch.linalg.vector_norm(rows, math.inf, 1)
+            begun[name][examples.start : examples.stop] = largest
+            if examples.stop == recording.size:
+                done.append((name, begun.pop(name)))
+
+    vector = factors.to(one).view(-1, *[1] * one.ndim) * one
+    recording.backward(outputs, vector, note, keep=keep)
+    return done
+
+
+def _are_mixed(largest: Tensor, factors: Tensor) -> bool:
+    """Return whether a row, by its largest number, does not look as if of its example's factor.
+
+    A row of zeros may be any example's. A NaN is named where it is added.
+    """
+    usual = (largest / factors)[(factors > 0) & (largest > 0)]
+    if not len(usual):
+        return False
+    middle, between = usual.median(), APART**0.5
+    expected = middle * factors
+    too_large = largest > (expected * between).clamp(min=middle / APART**3.5)
+    too_small = (largest > 0) & (largest < expected / between)
+    return bool((too_large | too_small).any())
+
+
+def _differ(found: Tensor, expected: Tensor, least: Tensor) -> bool:
+    """Return whether some of these differ by more than rounding; what is below `least` may."""
+    large = torch.maximum(found, expected) > least
+    return bool((large & ((found > 2 * expected) | (found < expected / 2))).any())
+
+
+def _rows_of(found: Gradients) -> Tensor:
+    """Return a tensor with a row for each example, which is zero where its gradient is."""
+    match found:
+        case Whole():
+            return found.gradients
+        case Rows():
+            return found.values
+        case _:
+            return found.g
