@@ -97,14 +97,15 @@ def plan_texts(
     room = None if limit is None else limit - len(starts[longest])
     if room is not None and room < (max_length or 1):
         where = prompts.where(longest) if len(prompts) else str(model.checkpoint.path)
+        what = "the prompt" if len(prompts) else "what the chat template writes before a user"
         if room < 1:
             raise InputError(
-                f"{where}: the prompt has {len(starts[longest])} tokens: expected fewer than the "
-                f"{limit} that the model reads; shorten it"
+                f"{where}: {what} has {len(starts[longest])} tokens: expected fewer than the {limit} "
+                "that the model reads; shorten it"
             )
         raise UsageError(
-            f"{where}: --max-length {max_length or 1}: the model reads {limit} tokens, of which "
-            f"{len(starts[longest])} are the prompt's: expected at most {room}"
+            f"{where}: --max-length {max_length or 1}: the model reads {limit} tokens, and {what} "
+            f"has {len(starts[longest])}: expected at most {room}"
         )
     return TextPlan(
         starts,

@@ -185,7 +185,7 @@ def nats_text(result: Mapping[str, Any]) -> list[str]:
     if measured := result["measured_nats"]:
         each = ", ".join(f"{_nats(lost)} of {name}" for name, lost in measured.items())
         found.append(f"measured {each}")
-    elif found:
+    elif found and not result.get("budget"):  # which is measured on rows of its own
         found.append("not measured")
     return [f"old loss, mean nats: {'; '.join(found)}"] if found else []
 

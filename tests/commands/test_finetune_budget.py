@@ -345,5 +345,6 @@ def test_the_command_line_prints_what_was_lost_of_the_budget(
     assert code == 0, err
     assert "old loss on held-out rows, mean nats: +0.0" in out
     assert "of a budget of 0.05" in out
+    assert "not measured" not in out
     code, out, _ = run(capsys, "show", tmp_path / "out")
     assert "at the end, for a budget of 0.05 nats" in out

@@ -351,6 +351,10 @@ def test_prompts_that_cannot_be_used_are_refused(gpt2: Path, tmp_path: Path) -> 
         planned(model, prompts=open_prompts(path))
     with pytest.raises(InputError, match=r"row 2 \(line 2\): the prompt has 60 tokens"):
         planned(model, prompts=lines(path, "a", "x" * 60))
+    model.processor.chat_template = "s" * 60 + TEMPLATE
+    with pytest.raises(InputError, match="what the chat template writes before a user has 65 tok"):
+        planned(model)
+    model.processor.chat_template = None
     rows = lines(path, "one\r", "", "two ")
     assert [row["prompt"] for row in rows] == ["one", "two "]
     model.processor = None

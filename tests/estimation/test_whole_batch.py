@@ -193,7 +193,7 @@ def test_a_model_that_takes_few_examples_goes_one_at_a_time() -> None:
     found = fisher_diagonal(AtMostFour(), [(x, y)], "softmax", note=notes.append)
     assert set(found.methods.values()) == {"loop"}
     (note,) = notes
-    assert note.startswith("the model accepts only one example at a time (InputError: the model")
+    assert note.startswith("the model refuses 9 examples (InputError: the model")
 
 
 class Restless(Gated):
