@@ -238,8 +238,10 @@ def test_the_digest_is_of_what_a_method_uses_and_of_nothing_else(tmp_path: Path)
         "scripts/experiments/lib/loop.py": "STEPS = 3\n",
         "scripts/experiments/methods/one.py": "from scripts.experiments.lib import loop\n",
         "scripts/experiments/methods/two.py": "from consolidate.ewc.penalty import Penalty\n",
+        "scripts/experiments/methods/three.py": "from consolidate.estimation import fisher\n",
         "consolidate/ewc/penalty.py": "from consolidate.ewc import other\nPenalty = 1\n",
         "consolidate/ewc/other.py": "OTHER = 1\n",
+        "consolidate/estimation/likelihoods.py": "LOG = 1\n",
         "consolidate/estimation/fisher.py": "FISHER = 1\n",
         "consolidate/cli.py": "CLI = 1\n",
     }
@@ -249,20 +251,22 @@ def test_the_digest_is_of_what_a_method_uses_and_of_nothing_else(tmp_path: Path)
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
         code_digest.cache_clear()
-        names = ("one", "two")
+        names = ("one", "two", "three")
         return [
             code_digest(f"scripts/experiments/methods/{name}.py", root=tmp_path) for name in names
         ]
 
     try:
         before = digests()
-        assert digests(**{"scripts/experiments/methods/three.py": "THREE = 3\n"}) == before
+        assert digests(**{"scripts/experiments/methods/four.py": "FOUR = 4\n"}) == before
         assert digests(**{"consolidate/cli.py": "CLI = 2\n"}) == before
         loop = digests(**{"scripts/experiments/lib/loop.py": "STEPS = 4\n"})
-        assert [a == b for a, b in zip(loop, before, strict=True)] == [False, True]
+        assert [a == b for a, b in zip(loop, before, strict=True)] == [False, True, True]
         other = digests(**{"consolidate/ewc/other.py": "OTHER = 2\n"})
-        assert [a == b for a, b in zip(other, before, strict=True)] == [True, False]
+        assert [a == b for a, b in zip(other, before, strict=True)] == [True, False, True]
         assert digests(**{"consolidate/estimation/fisher.py": "FISHER = 2\n"}) == before
+        defined = digests(**{"consolidate/estimation/likelihoods.py": "LOG = 2\n"})
+        assert [a == b for a, b in zip(defined, before, strict=True)] == [True, True, False]
     finally:
         code_digest.cache_clear()
 

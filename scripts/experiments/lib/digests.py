@@ -7,8 +7,16 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-FOLLOWED = ("scripts/experiments/", "consolidate/estimation/", "consolidate/ewc/")
+FOLLOWED = ("scripts/experiments/", "consolidate/ewc/")
 """Where imports are followed: what is there decides a result. Other files count alone."""
+ESTIMATION = "consolidate/estimation/"
+DEFINED = tuple(
+    f"{ESTIMATION}{name}.py" for name in ("covered_layers", "definition", "likelihoods")
+)
+"""What a Fisher is: its definition, log p and the drawn outcomes, and which layers have a matrix.
+
+The other files of ESTIMATION compute just that, to 1e-6 by their tests, so that they do not count.
+"""
 MESSAGES = {"warn", "print", "exit", "debug", "info", "warning", "error", "note"}
 """What is called by such a name, or by one of an error or a warning, gets texts to be read."""
 
@@ -96,7 +104,8 @@ def code_digest(*names: str, root: Path = ROOT) -> str:
 
     Args:
         *names: Paths from the root. The files of `consolidate` and `scripts.experiments` that they
-            import count too, and through those of FOLLOWED what these import.
+            import count too, and through those of FOLLOWED what these import. Of ESTIMATION only
+            DEFINED count.
         root: Of the project.
     """
     files = _files(names, root)
@@ -118,7 +127,9 @@ def _files(names: tuple[str, ...], root: Path) -> set[str]:
         found.add(name)
         for module in _imports((root / name).read_text(encoding="utf-8")):
             path = module.replace(".", "/") + ".py"
-            if path.startswith(FOLLOWED) and (root / path).is_file():
+            if path.startswith(ESTIMATION):
+                found.update(one for one in DEFINED if (root / one).is_file())
+            elif path.startswith(FOLLOWED) and (root / path).is_file():
                 ahead.append(path)
             elif path.startswith("consolidate/") and (root / path).is_file():
                 found.add(path)

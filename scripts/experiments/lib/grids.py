@@ -11,14 +11,8 @@ MAIN = (*FIRST, "free", "l2", "ewc", "inputs")
 WITHOUT_DATA = (
     *("ewc_generated", "ewc_random", "replay_generated", "inputs_generated"),
     *("ewc_many", "inputs_many", "ewc_data_many", "inputs_data_many"),
-    *(
-        "ewc_random_many",
-        "inputs_random_many",
-        "ewc_prompted",
-        "inputs_prompted",
-        "inputs_opened",
-        "ewc_mails",
-    ),
+    *("ewc_random_many", "inputs_random_many", "ewc_mails"),
+    *("ewc_prompted", "inputs_prompted", "ewc_opened", "inputs_opened"),
 )
 """What protects a language model with other text than 64 rows of the old task."""
 ORDER = {
@@ -87,6 +81,8 @@ LANGUAGE_MODEL = {
     "inputs_generated": EWC_OF_TEXT,
     "ewc_prompted": EWC_OF_TEXT,
     "inputs_prompted": EWC_OF_TEXT,
+    "ewc_opened": EWC_OF_TEXT,
+    "inputs_opened": EWC_OF_TEXT,
     "ewc_mails": EWC_OF_TEXT,
 }
 SMALL_TEXT_RATES = (3e-4, 1e-3, 3e-3)

@@ -23,6 +23,7 @@ TITLES = {
     "ewc_data_many": "EWC, Fisher of 1,024 rows of data",
     "ewc_prompted": "EWC, Fisher of generated answers",
     "inputs_prompted": "EWC, structure inputs, of generated answers",
+    "ewc_opened": "EWC, Fisher of generated turns of a user",
     "inputs_opened": "EWC, structure inputs, of generated turns of a user",
     "ewc_mails": "EWC, Fisher of mails",
     "ewc_random": "EWC, Fisher of random tokens",

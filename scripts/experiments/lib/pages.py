@@ -43,7 +43,7 @@ from scripts.experiments.lib.records import Record, mean, signed
 OURS = (
     *("ewc", "inputs", "ewc_interpolated", "inputs_interpolated", "lora_ewc"),
     *("ewc_generated", "inputs_generated", "ewc_many", "inputs_many"),
-    *("ewc_prompted", "inputs_prompted", "inputs_opened"),
+    *("ewc_prompted", "inputs_prompted", "ewc_opened", "inputs_opened"),
 )
 EVERYWHERE = {"ewc": COLOURS[6], "inputs": COLOURS[5]}
 """In every panel, in the same colours."""
@@ -54,7 +54,7 @@ PANELS = (
     CANDIDATES,
     ("ewc_generated", "ewc_many", "ewc_data_many", "inputs_data_many", "replay_generated"),
     ("inputs_generated", "inputs_many", "inputs_random_many"),
-    ("ewc_prompted", "inputs_prompted", "inputs_opened"),
+    ("ewc_prompted", "inputs_prompted", "ewc_opened", "inputs_opened"),
     ("ewc_mails", "ewc_random", "ewc_random_many"),
 )
 COLOUR = EVERYWHERE | {

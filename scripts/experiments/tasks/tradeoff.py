@@ -91,7 +91,8 @@ PAGE = """# {title}
 {minutes:.1f} minutes by the clock over all units, one thread each{busy}; {versions}.{others}
 
 The digests of code and data are part of what a unit is: what other code or data made is not shown,
-and is done again. Where code changed that should not matter, `confirm_records.py` repeats a unit
+and is done again. Of the code of the Fisher those files count that define it; how it is computed,
+to 1e-6 by the tests, does not. Where code changed that should not matter, `confirm_records.py` repeats a unit
 of each method with the new code; a method's records stay if all its figures are the same, and name
 the code that made them. The first command runs what {name}.jsonl lacks:
 
