@@ -100,8 +100,8 @@ def plan_texts(
         what = "the prompt" if len(prompts) else "what the chat template writes before a user"
         if room < 1:
             raise InputError(
-                f"{where}: {what} has {len(starts[longest])} tokens: expected fewer than the {limit} "
-                "that the model reads; shorten it"
+                f"{where}: {what} has {len(starts[longest])} tokens: expected fewer than the "
+                f"{limit} that the model reads; shorten it"
             )
         raise UsageError(
             f"{where}: --max-length {max_length or 1}: the model reads {limit} tokens, and {what} "

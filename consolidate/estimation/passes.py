@@ -195,7 +195,8 @@ class Pass:
             lower = "loop" if only_loop else slower(level)
             self.levels = {n: lower if n in failed else v for n, v in before.items()}
             if only_loop and raised is not None:
-                self._note(f"the model refuses {len(batch)} examples ({raised}): continuing by loop")
+                refused = f"the model refuses {len(batch)} examples ({raised})"
+                self._note(f"{refused}: continuing by loop")
             else:
                 now = lower.replace(" by itself", ", one example at a time")
                 fallen = _fallen(method_of(level), raised, now, failed)
