@@ -309,7 +309,7 @@ def asdl(case: Case) -> Timed:
 def laplace(case: Case) -> Timed:
     """Use laplace-torch's curvlinops backend, a chunk at once: it stacks whole gradients.
 
-    curvlinops itself has matrix-vector products and random estimates of a diagonal only.
+    curvlinops 3.0.1 itself has matrix-vector products and random estimates of a diagonal only.
     """
     from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN
 
