@@ -389,6 +389,9 @@ def _measured(
     if name != "evaluate":
         _flush_denormals()
     wanted = [store for store, given in stores.items() if given and rank() == 0]
+    if typed.get("dry_run") and wanted:
+        LOG.info("no run is started by --%s: a dry run measures nothing", " or --".join(wanted))
+        wanted = []
     modules = [import_module(f"consolidate.views.{store}") for store in wanted]
     with ExitStack() as stack:
         trackers = [stack.enter_context(tracked(name, typed, m.open_run)) for m in modules]

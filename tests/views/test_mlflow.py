@@ -95,6 +95,20 @@ def test_a_fine_tuning_is_a_run_with_its_curves_and_digests(
     assert not mlflow.MlflowClient().list_artifacts(trained.info.run_id)
 
 
+def test_a_dry_run_is_no_run_of_the_store(
+    capsys: pytest.CaptureFixture[str], network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    words = ["--data", write_task("new"), *MODEL, "--mlflow", "--dry-run"]
+    for command in (
+        ["fisher", network_checkpoint],
+        ["finetune", network_checkpoint, "--output-dir", tmp_path / "out", "--penalty", "none"],
+    ):
+        code, _, err = run(capsys, *command, *words)
+        assert code == 0, err
+        assert "no run is started by --mlflow: a dry run measures nothing" in err
+    assert runs() == []
+
+
 def test_a_run_that_was_begun_is_joined_and_left_open(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
