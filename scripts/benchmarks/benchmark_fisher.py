@@ -4,9 +4,9 @@ The other tools are optional; the page lists those that are missing or fail, wit
 
     pip install backpack-for-pytorch nngeometry opacus asdfghjkl laplace-torch
 
-curvlinops comes with laplace-torch. All tools of a workload take turns in one process, so that a
-slow period of the machine affects them all. Memory is measured in a separate process that returns
-freed memory to the system.
+curvlinops comes with laplace-torch. Each tool takes turns with a plain pass in a process of its
+own, so that a slow period of the machine affects both, and no tool slows down another. Memory is
+measured in another process, which returns freed memory to the system.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import consolidate
 from consolidate.data.examples import Examples
 from consolidate.data.text_examples import Ragged, TextExamples
-from scripts.benchmarks.competitors import REPEATS, SHORT, TOOLS, Case, Timed, Tool
+from scripts.benchmarks.competitors import REPEATS, SHORT, TOOLS, WARM, Case, Timed, Tool
 from scripts.benchmarks.harness import (
     WORKLOADS,
     Double,
@@ -75,7 +75,10 @@ KINDS = {
 
 BRIEF = 1.0  # seconds of a turn, below which a tool has more of them
 FEW = 4  # examples that errors are measured on
-TEXTS = 256  # of unlike lengths
+TEXTS = 128  # of unlike lengths
+UNIT = "training"
+TOGETHER = (UNIT, "forward", "inputs", "ours", "blocks", "alone")
+"""What shares a process; each other tool has one with the unit."""
 WRONG = 1e-6  # error in float64 above which it is another quantity
 ABSENT = {"is not installed": "missing", "has no exact Fisher": "none"}
 
@@ -84,9 +87,9 @@ TEXT = """
 
 Exact per-example Fisher diagonals of one batch: with the data's labels (`empirical`), and in the
 last workload over all ten classes (`exact`). A ratio is wall time over a plain forward and backward
-pass of the same model and batch in the same process. The tools take turns; medians of at least
-{rounds} rounds. *Forward + input gradients* is the lower bound: a training pass without gradients
-of weights.{quick}
+pass of the same model and batch in the same process, with which it takes turns; medians of at least
+{rounds} rounds. Each of the other tools has a process of its own. *Forward + input gradients* is
+the lower bound: a training pass without gradients of weights.{quick}
 
 {summary}
 
@@ -140,9 +143,9 @@ longest text, and by length, as `consolidate fisher` reads them. The two take tu
 
 ## How it was measured
 
-- **Time**: a pass in the middle of others. A pass of less than {short} s runs up to {repeats} times
-  in a row, and the first is not counted. Tools whose turn takes less than {brief:g} s take turns
-  for another {seconds:g} s.
+- **Time**: a pass in the middle of others. A pass of less than {warm:g} s runs twice in a row, and
+  up to {repeats} times within {short} s; the first is not counted. Tools whose turn takes less than
+  {brief:g} s take turns for another {seconds:g} s.
 - **Error**: the largest over parameters of max |F − F₀| / max |F₀| against a batch-of-one loop in
   float64, on {few} examples; once in float32, as timed, and once with everything in float64, also
   where the model's code asks for float32 by name (blank if a tool fails at this). In float32 some
@@ -169,6 +172,7 @@ class Row:
     tool: Tool
     run: Timed = lambda: (0.0, {})
     seconds: list[float] = field(default_factory=list)
+    unit: float = 0.0  # the median time of a plain pass in the same process
     turn: float = 0.0  # how long the last turn took in all
     errors: dict[torch.dtype, float] = field(default_factory=dict)
     parameters: int = 0
@@ -177,11 +181,11 @@ class Row:
     memory: float | None = None
     failure: str = ""
 
-    def ratio(self, unit: float) -> str:
+    def ratio(self) -> str:
         """Write the ratio of its median time, or what is wrong with it."""
         if self.failure:
             return ABSENT.get(self.failure, "fails")
-        number = f"{statistics.median(self.seconds) / unit:.2f}"
+        number = f"{statistics.median(self.seconds) / self.unit:.2f}"
         if self.wrong:
             return f"{number}, {self.wrong} of {self.parameters} wrong"
         return f"{number}, in part" if self.missing else number
@@ -215,7 +219,7 @@ def measure(
 
     Args:
         name: Of the workload.
-        tools: By name, the unit of the ratios first.
+        tools: By name.
         quick: At tiny sizes.
         rounds: How often each tool is timed.
         seconds: How long fast tools take further turns.
@@ -234,8 +238,54 @@ def measure(
         elif workload.estimator == "exact" and not row.tool.exact:
             row.failure = "has no exact Fisher"
     check(rows, workload, model, inputs[:FEW], labels[:FEW])
+    works = [key for key, row in rows.items() if not row.failure]
+    for group in [[key for key in works if key in TOGETHER], *([k] for k in works)]:
+        if not rows[group[0]].seconds:
+            times = ["--rounds", str(rounds), "--seconds", str(seconds)]
+            found = in_process("time", name, group, quick, *times)
+            for key in group:
+                rows[key].seconds, rows[key].failure = found[key]
+                rows[key].unit = statistics.median(found[UNIT][0])
+    if Path("/proc/self/clear_refs").exists():
+        works = [key for key, row in rows.items() if not row.failure]
+        for key, growth in in_process("memory", name, works, quick, environment=RETURNED).items():
+            rows[key].memory = growth
+    return rows
+
+
+def in_process(
+    part: str,
+    name: str,
+    keys: Iterable[str],
+    quick: bool,
+    *others: str,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Let this script do a part of the work on some tools in another process."""
+    words = [sys.executable, sys.argv[0], "--part", part, "--workload", name, *["--quick"] * quick]
+    words += [word for key in keys for word in ("--tool", key)]
+    done = subprocess.run(
+        [*words, *others],
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def times_of(
+    workload: Workload, tools: dict[str, Tool], quick: bool, rounds: int, seconds: float
+) -> dict[str, tuple[list[float], str]]:
+    """Return the seconds of each tool's turns, and why it failed."""
+    torch.manual_seed(0)
+    model = workload.make(quick).eval()
+    batch = workload.batch(quick)
+    rows = {key: Row(tool) for key, tool in tools.items()}
     for row in rows.values():
-        row.run = attempt(row, prepare, row.tool, workload, model, inputs, labels)
+        row.run = attempt(row, prepare, row.tool, workload, model, *batch)
         attempt(row, row.run)  # Once for what is made at the first call.
     for _ in range(rounds):
         take_turns(rows.values())
@@ -243,8 +293,7 @@ def measure(
     began = time.monotonic()
     while brief and time.monotonic() - began < seconds:
         take_turns(brief)
-    memory_rows(name, rows, quick)
-    return rows
+    return {key: (row.seconds, row.failure) for key, row in rows.items()}
 
 
 def take_turns(rows: Iterable[Row]) -> None:
@@ -285,22 +334,6 @@ def check(
                 row.failure = trial.failure
 
 
-def memory_rows(name: str, rows: dict[str, Row], quick: bool) -> None:
-    """Fill in the growth of memory, measured by this script in another process."""
-    if not Path("/proc/self/clear_refs").exists():
-        return
-    works = [key for key, row in rows.items() if not row.failure]
-    words = [sys.executable, sys.argv[0], "--memory", "--workload", name, *["--quick"] * quick]
-    for key in works:
-        words += ["--tool", key]
-    done = subprocess.run(words, env={**os.environ, **RETURNED}, capture_output=True, text=True)
-    if done.returncode:
-        print(f"no memory measured for {name}: {done.stderr[-300:]}", file=sys.stderr)
-        return
-    for key, growth in json.loads(done.stdout.splitlines()[-1]).items():
-        rows[key].memory = growth
-
-
 def memory_of(workload: Workload, tools: dict[str, Tool], quick: bool) -> dict[str, float | None]:
     """Return by how many bytes resident memory grows in a pass of each tool."""
     torch.manual_seed(0)
@@ -335,11 +368,7 @@ def summary(tables: dict[str, dict[str, Row]]) -> str:
     rows = []
     for key in next(iter(tables.values())):
         tool = TOOLS[key]
-        cells = [
-            table[key].ratio(statistics.median(table["training"].seconds))
-            for table in tables.values()
-        ]
-        rows.append([tool.title, *cells])
+        rows.append([tool.title, *(table[key].ratio() for table in tables.values())])
     for title, goals in (("at most", AT_MOST), ("aim", AIMS)):
         rows.append([f"*{title}*", *(f"*{goals[n]:.2f}*" if n in goals else "" for n in tables)])
     return markdown(["", *short], rows)
@@ -394,7 +423,6 @@ def by_kind(profiler: torch.profiler.profile, seconds: float) -> dict[str, float
 
 def detail(name: str, rows: dict[str, Row]) -> str:
     """Write everything about one workload."""
-    unit = statistics.median(rows["training"].seconds)
     lines = []
     for row in rows.values():
         if row.failure:
@@ -405,7 +433,7 @@ def detail(name: str, rows: dict[str, Row]) -> str:
                 row.tool.title,
                 f"{1000 * middle:.1f}",
                 f"{1000 * low:.1f}",
-                row.ratio(unit),
+                row.ratio(),
                 "" if row.memory is None else f"{row.memory / 1e6:.0f}",
                 *(
                     f"{row.errors[dtype]:.0e}" if dtype in row.errors else ""
@@ -417,7 +445,7 @@ def detail(name: str, rows: dict[str, Row]) -> str:
         )
     header = ["", "median, ms", "least, ms", "ratio", "memory, MB", "error"]
     table = markdown([*header, "error, float64", "wrong", "left out"], lines)
-    turns = len(rows["training"].seconds)
+    turns = len(rows[UNIT].seconds)
     return f"### {WORKLOADS[name].title}\n\n{turns} turns of a plain pass.\n\n{table}"
 
 
@@ -479,7 +507,7 @@ def duration(rows: dict[str, Row] | None) -> str:
     """Write how long a plain pass takes."""
     if rows is None:
         return "little"
-    return f"{1000 * statistics.median(rows['training'].seconds):.1f} ms"
+    return f"{1000 * rows[UNIT].unit:.1f} ms"
 
 
 def quiet() -> None:
@@ -497,16 +525,18 @@ def main() -> None:
     parser.add_argument("--tool", action="append", choices=TOOLS, help=some)
     parser.add_argument("--seconds", type=float, help="further turns of fast tools")
     parser.add_argument("--rounds", type=int, help="turns of each tool")
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=["time", "memory"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     quiet()
     rounds = options.rounds or (2 if options.quick else 5)
     seconds = options.seconds if options.seconds is not None else (0 if options.quick else 20)
     names = options.workload or list(WORKLOADS)
-    chosen = dict.fromkeys(["training", *(options.tool or TOOLS)])
+    chosen = dict.fromkeys([UNIT, *(options.tool or TOOLS)])
     tools = {name: TOOLS[name] for name in chosen}
-    if options.memory:
-        print(json.dumps(memory_of(WORKLOADS[names[0]], tools, options.quick)))
+    if options.part is not None:
+        given = (WORKLOADS[names[0]], tools, options.quick)
+        timed = options.part == "time"
+        print(json.dumps(times_of(*given, rounds, seconds) if timed else memory_of(*given)))
         return
     tables = {}
     for name in names:
@@ -531,6 +561,7 @@ def main() -> None:
             texts=quick_size(TEXTS, 40, options.quick),
             lengths=lengths_table(options.quick, rounds),
             few=FEW,
+            warm=WARM,
             short=SHORT,
             repeats=REPEATS,
             brief=BRIEF,

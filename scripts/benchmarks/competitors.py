@@ -31,8 +31,9 @@ Timed = Callable[[], tuple[float, Squares]]
 """Make one pass; return its wall time in seconds and what it found."""
 
 
-SHORT, REPEATS = 0.25, 16
-"""A pass of fewer seconds is repeated so often, or for a second, and the first is not counted."""
+WARM, SHORT, REPEATS = 2.0, 0.25, 16
+"""A pass of fewer seconds than WARM is repeated, REPEATS times or for SHORT; the first is not
+counted."""
 
 
 def clocked(run: Callable[[], Squares]) -> Timed:
@@ -51,8 +52,8 @@ def clocked(run: Callable[[], Squares]) -> Timed:
 def unsettled(times: list[float]) -> bool:
     """Return whether to time another pass after those that began and ended at these times."""
     if len(times) < 3:
-        return len(times) < 2 or times[1] - times[0] < SHORT
-    return len(times) < REPEATS + 2 and times[-1] - times[1] < 1
+        return len(times) < 2 or times[1] - times[0] < WARM
+    return len(times) < REPEATS + 2 and times[-1] - times[1] < SHORT
 
 
 def settled(times: list[float]) -> float:
