@@ -82,7 +82,6 @@ LANGUAGE_MODEL = {
     "ewc_prompted": EWC_OF_TEXT,
     "inputs_prompted": EWC_OF_TEXT,
     "ewc_opened": EWC_OF_TEXT,
-    "inputs_opened": EWC_OF_TEXT,
     "ewc_mails": EWC_OF_TEXT,
 }
 SMALL_TEXT_RATES = (3e-4, 1e-3, 3e-3)
