@@ -97,7 +97,7 @@ def plan_texts(
     room = None if limit is None else limit - len(starts[longest])
     if room is not None and room < (max_length or 1):
         where = prompts.where(longest) if len(prompts) else str(model.checkpoint.path)
-        what = "the prompt" if len(prompts) else "what the chat template writes before a user"
+        what = "the prompt" if len(prompts) else "what a text begins with"
         if room < 1:
             raise InputError(
                 f"{where}: {what} has {len(starts[longest])} tokens: expected fewer than the "

@@ -31,9 +31,9 @@ class Batch:
 
     def some(self, examples: Sequence[int]) -> "Batch":
         """Return a batch of these examples, in their order."""
-        return self._of([*examples], [self.indices[i] for i in examples])
+        return self._of(torch.tensor(examples), [self.indices[i] for i in examples])
 
-    def _of(self, rows: slice | list[int], indices: Sequence[int]) -> "Batch":
+    def _of(self, rows: slice | Tensor, indices: Sequence[int]) -> "Batch":
         def take(tensor: Tensor) -> Tensor:
             if tensor.ndim == 0 or (tensor.shape[0] == 1 and len(self) != 1):
                 return tensor

@@ -118,8 +118,9 @@ def _compare_rows(
 def _factors(units: Iterable[Unit], outputs: Tensor) -> Tensor:
     """Return the factors that the outputs and the units compute with, in ascending order."""
     dtypes = {p.dtype for unit in units for p in unit.module.parameters()} | {outputs.dtype}
-    if torch.is_autocast_enabled(outputs.device.type):
-        dtypes.add(torch.get_autocast_dtype(outputs.device.type))
+    kind = outputs.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtypes.add(torch.get_autocast_dtype(kind))
     return torch.tensor((0.0, 1.0) if torch.float16 in dtypes else FACTORS)
 
 

@@ -65,7 +65,7 @@ def test_texts_begin_with_the_first_token_and_have_a_length(gpt2: Path) -> None:
     assert planned(model).starts == [[0]]
     assert planned(model).distribution.most == 39  # of 40 positions
     assert planned(model, max_length=39).distribution.most == 39
-    with pytest.raises(UsageError, match="--max-length 40: the model reads 40 tokens, of which 1"):
+    with pytest.raises(UsageError, match="--max-length 40: the model reads 40 tokens, and what"):
         planned(model, max_length=40)
     long = gpt2.parent / "long"
     config = gpt2_config(**TOKENS)
@@ -352,7 +352,7 @@ def test_prompts_that_cannot_be_used_are_refused(gpt2: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"row 2 \(line 2\): the prompt has 60 tokens"):
         planned(model, prompts=lines(path, "a", "x" * 60))
     model.processor.chat_template = "s" * 60 + TEMPLATE
-    with pytest.raises(InputError, match="what the chat template writes before a user has 65 tok"):
+    with pytest.raises(InputError, match="what a text begins with has 65 tokens: expected fewer"):
         planned(model)
     model.processor.chat_template = None
     rows = lines(path, "one\r", "", "two ")

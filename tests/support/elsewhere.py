@@ -107,7 +107,12 @@ def dispatched(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _check(function: Any, args: Any, kwargs: dict[str, Any], leaves: list[Tensor]) -> None:
-    """Refuse tensors of the CPU among others, but single numbers and indices, as CUDA does."""
+    """Refuse tensors of the CPU among others, but single numbers and indices, as CUDA does.
+
+    And those that are really on `meta`, which have no values: torch makes an index of a list there.
+    """
+    if any(leaf.device == DEVICE and not isinstance(leaf, Elsewhere) for leaf in leaves):
+        raise RuntimeError(f"{function}: a tensor without values; give an index as a tensor")
     host = [leaf for leaf in leaves if not isinstance(leaf, Elsewhere) and leaf.dim()]
     if function in TAKE_INDICES_OF_THE_HOST and isinstance(args[0], Elsewhere):
         indices = {id(leaf) for leaf in tree_flatten(args[1])[0]}
