@@ -15,7 +15,7 @@ DEFINED = tuple(
 )
 """What a Fisher is: its definition, log p and the drawn outcomes, and which layers have a matrix.
 
-The other files of ESTIMATION compute just that, to 1e-6 by their tests, so that they do not count.
+The other files of ESTIMATION compute just that, which tests check in float64, and do not count.
 """
 MESSAGES = {"warn", "print", "exit", "debug", "info", "warning", "error", "note"}
 """What is called by such a name, or by one of an error or a warning, gets texts to be read."""

@@ -92,9 +92,10 @@ PAGE = """# {title}
 
 The digests of code and data are part of what a unit is: what other code or data made is not shown,
 and is done again. Of the code of the Fisher those files count that define it; how it is computed,
-to 1e-6 by the tests, does not. Where code changed that should not matter, `confirm_records.py`
-repeats a unit of each method with the new code; a method's records stay if all its figures are the
-same, and name the code that made them. The first command runs what {name}.jsonl lacks:
+which tests compare with the definition in float64, does not. Where code changed that should not
+matter, `confirm_records.py` repeats a unit of each method with the new code; a method's records
+stay if all its figures are the same, and name the code that made them. The first command runs what
+{name}.jsonl lacks:
 
 ```sh
 .venv/bin/python scripts/experiments/tasks/tradeoff.py --only {name} --data-dir tradeoff-data
