@@ -152,6 +152,7 @@ def estimator_arguments(estimation: Estimation, structure: str, seed: int) -> di
         "structure": structure,
         "accumulate_dtype": dtype_of_name(estimation.accumulate_dtype),
         "check": estimation.check,
+        "kernel": estimation.kernel,
     }
 
 
@@ -171,6 +172,7 @@ def settled_estimation(
         ("mc-samples", estimation.mc_samples is not None, ("mc", "batched")),
         ("max-outcomes", estimation.max_outcomes is not None, ("exact",)),
         ("check", estimation.check, ("exact", "mc", "empirical")),
+        ("kernel", estimation.kernel, ("exact", "mc", "empirical")),
     ):
         if given and chosen not in sensible:
             which = "" if estimation.estimator else ", the default for this model"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from consolidate.estimation import squares_kernel
+
 FEW_POSITIONS = 4  # up to here Σ_b (Σ_t g_t a_tᵀ)² is one product over pairs of positions
 PATCHED_POSITIONS = 255  # up to here what a convolution's kernel sees is copied, for products
 GROUPED_POSITIONS = 512  # up to here several examples are the groups of one convolution
@@ -44,6 +46,9 @@ class Outer(NamedTuple):
         total = total.flatten(1)
         left, right = self._factors()
         traces, measured = _to_measure(right, total, first)
+        if squares_kernel.fits(total, left, right):
+            squares_kernel.add_squares(total, left, right, traces)
+            return traces
         numbers = range(len(right))[measured]
         if total.numel() <= SMALL:
             scratch = right.new_empty(min(CHUNK, len(right)), *total.shape)
@@ -220,6 +225,18 @@ class Convolved(NamedTuple):
         if self.few:
             pairs = pairs_of(self.g, 2)
             return self.add_product(total, pairs, pairs.sum(1))
+        if self.groups == 1 and len(self.grid) < 3 and squares_kernel.fits(total, self.g, self.a):
+            traces, _ = _to_measure(self.g, total, first)
+            with _channels_last(total) as sums:
+                squares_kernel.add_squares_of_convolution(
+                    *(sums, self.g, self.a, traces),
+                    grid=self.grid,
+                    zeros=self.zeros,
+                    kernel=self.kernel[2:],
+                    stride=self.stride,
+                    dilation=self.dilation,
+                )
+            return traces
         if self.patched:
             found = []
             with _channels_last(total) as sums:

@@ -8,7 +8,7 @@ yields, and in whether gradients are squared per example or per batch.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from consolidate.estimation.batches import Batch, eval_mode, model_outputs, split_batch
+from consolidate.estimation.batches import (
+    Batch,
+    eval_mode,
+    model_outputs,
+    place_of,
+    split_batch,
+)
 from consolidate.estimation.covered_layers import covered_layers
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.gradient_checkpointing import checkpointing_in_eval_mode
@@ -25,6 +31,7 @@ from consolidate.estimation.input_blocks import InputBlock
 from consolidate.estimation.likelihoods import Likelihood, get_likelihood
 from consolidate.estimation.passes import PartialPass, Pass, Scores, where_in_data
 from consolidate.estimation.sharded_passes import ShardedPass
+from consolidate.estimation.squares_kernel import using_kernel
 from consolidate.runtime.distributed import place_in, rounds, summed
 from consolidate.runtime.randomness import uniforms
 from consolidate.runtime.shards import is_sharded
@@ -97,6 +104,7 @@ def fisher_diagonal(
     indices: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
     check: bool = False,
+    kernel: bool = False,
     tolerance: float | None = None,
     tolerance_every: int = 1,
     start: PartialPass | None = None,
@@ -137,6 +145,9 @@ def fisher_diagonal(
         progress: Called after each batch with the number of its examples.
         check: Whether every batch is verified against single examples and autograd, not only the
             first.
+        kernel: Whether squares are computed in a kernel in C, compiled for this processor at its
+            first use and kept in the user's cache; for float32 on a CPU. Where that fails, `note`
+            says so, and the pass continues without it.
         tolerance: End the pass once each of the `relative_errors` is at most this, after at least
             LEAST_EXAMPLES; the batches should come in random order.
         tolerance_every: Compare with the tolerance after this many batches of each process. Within
@@ -176,8 +187,10 @@ def fisher_diagonal(
     sharded = is_sharded(model)
     blocks = _blocks(model, parameters, sharded, note) if structure == "inputs" else {}
     prepare = partial(ShardedPass if sharded else Pass, model, parameters, scores, accumulate_dtype)
+    wanted = kernel and _has_kernel(model, sharded, accumulate_dtype, note)
     with (
         _measuring(model),
+        using_kernel(note) if wanted else nullcontext(),
         closing(
             prepare(check=check, note=note, start=start, group=group, blocks=blocks)
         ) as measured,
@@ -293,6 +306,19 @@ def _blocks(
             "times their outputs)"
         )
     return blocks
+
+
+def _has_kernel(
+    model: nn.Module, sharded: bool, dtype: torch.dtype, note: Callable[[str], None] | None
+) -> bool:
+    """Return whether there is a kernel for such a pass; otherwise say so."""
+    device = place_of(model).device.type
+    if device == "cpu" and dtype == torch.float32 and not sharded:
+        return True
+    if note is not None:
+        found = "a sharded model" if sharded else f"{str(dtype).removeprefix('torch.')} on {device}"
+        note(f"the kernel is for float32 on a CPU, not for {found}: continuing without it")
+    return False
 
 
 def _finite_outputs(model: nn.Module, batch: Batch) -> Tensor:

@@ -77,7 +77,7 @@ BRIEF = 1.0  # seconds of a turn, below which a tool has more of them
 FEW = 4  # examples that errors are measured on
 TEXTS = 128  # of unlike lengths
 UNIT = "training"
-TOGETHER = (UNIT, "forward", "inputs", "ours", "blocks", "alone")
+TOGETHER = (UNIT, "forward", "inputs", "ours", "kernel", "blocks", "alone")
 """What shares a process; each other tool has one with the unit."""
 WRONG = 1e-6  # error in float64 above which it is another quantity
 ABSENT = {"is not installed": "missing", "has no exact Fisher": "none"}
@@ -98,29 +98,30 @@ parameters differs by more than {wrong:g} from a batch-of-one loop in float64, s
 quantity. *In part*: some parameters are missing. *Fails*: see [below](#what-fails). *None*: the
 tool has no such function.
 
-consolidate is timed in the middle of a pass. *Structure `inputs`* also measures a matrix over the
-inputs of every layer that is covered, beside the diagonal. The first batch of every pass is
-verified against single examples; *a pass of one batch* includes this cost, which occurs once per
-pass.
+consolidate is timed in the middle of a pass. *With `--kernel`*, squares are computed by a kernel
+that is compiled for the processor; *at most* is for plain torch, *aim* with the kernel. *Structure
+`inputs`* also measures a matrix over the inputs of every layer that is covered, beside the
+diagonal. The first batch of every pass is verified against single examples; *a pass of one batch*
+includes this cost, which occurs once per pass.
 
 ## Where the time goes
 
 One batch of each under torch's profiler, which slows down code with many calls. Milliseconds by
 kind of operation; *plain* is the forward and backward pass. *Between* is wall time outside of all
-operations: Python.
+operations: Python, and the kernel.
 
 {profiles}
 
-Why the aims are not reached:
+Where plain torch loses, and what the kernel changes:
 
 - **Products.** A plain pass computes the weight gradient of a layer in one product over all rows of
   the batch. Here each example has its own product, T rows deep, which runs at a lower rate, and
-  squaring and adding it reads a matrix of the layer's size once more for each example. A kernel
-  that squares a product while it is in registers would save this; plain torch has none.
+  squaring and adding it reads a matrix of the layer's size once more for each example. The kernel
+  squares a product while it is in registers.
 - **Convolutions.** The same, more strongly: at 4 × 4 positions, one example's gradient of a
-  256 × 256 kernel has 16 terms for each of 590,000 elements and is bound by memory, and
-  what the kernel sees at each position is copied for the product. With 256 positions and more,
-  torch's convolution computes it.
+  256 × 256 kernel has 16 terms for each of 590,000 elements and is bound by memory, and what the
+  layer sees at each position is copied for the product; with 256 positions and more, torch's
+  convolution computes it. The kernel gathers what a layer sees tile by tile.
 - **Calls.** A batch of the MLP takes {mlp} in a plain pass, in about fifty operations. Squaring the
   inputs and output gradients of three layers and summing them are forty more. They are little
   arithmetic, and the cost of the calls does not grow with the batch: at 1,024 examples the ratio is

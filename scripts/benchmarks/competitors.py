@@ -100,7 +100,7 @@ def input_gradients(case: Case) -> Timed:
     return clocked(run)
 
 
-def ours(case: Case, structure: str = "diagonal") -> Timed:
+def ours(case: Case, **options: Any) -> Timed:
     """Time batches in the middle of a pass: what each but the first one costs."""
     times: list[float] = []
 
@@ -113,7 +113,7 @@ def ours(case: Case, structure: str = "diagonal") -> Timed:
 
     def timed() -> tuple[float, Squares]:
         # The mean over equal batches, times one.
-        found = _ours(case, batches(), structure)
+        found = _ours(case, batches(), **options)
         return settled(times), found
 
     return timed
@@ -126,17 +126,27 @@ def ours_alone(case: Case) -> Timed:
 
 def ours_with_blocks(case: Case) -> Timed:
     """Time the same batches with the structure `inputs`."""
-    return ours(case, "inputs")
+    return ours(case, structure="inputs")
 
 
-def _ours(case: Case, batches: Any, structure: str = "diagonal") -> Squares:
+def ours_with_kernel(case: Case) -> Timed:
+    """Time the same batches with squares by the compiled kernel."""
+    return ours(case, kernel=True, note=_refuse)
+
+
+def _refuse(note: str) -> None:
+    if "kernel cannot" in note:
+        raise RuntimeError(note)
+
+
+def _ours(case: Case, batches: Any, **options: Any) -> Squares:
     found = consolidate.fisher_diagonal(
         case.model,
         batches,
         case.likelihood,
         estimator=case.estimator,
-        structure=structure,
         accumulate_dtype=next(case.model.parameters()).dtype,
+        **options,
     )
     scale = len(case.labels) * found.units / found.examples
     return {name: value.mul_(scale) for name, value in found.items()}
@@ -364,6 +374,7 @@ TOOLS = {
     "forward": Tool(forward_only, "forward only", fisher=False),
     "inputs": Tool(input_gradients, "forward + input gradients", fisher=False),
     "ours": Tool(ours, "**consolidate**"),
+    "kernel": Tool(ours_with_kernel, "**consolidate, with `--kernel`**"),
     "blocks": Tool(ours_with_blocks, "consolidate, structure `inputs`"),
     "alone": Tool(ours_alone, "consolidate, a pass of one batch, checks included"),
     "loop": Tool(one_by_one, "batch-of-one loop"),

@@ -1,0 +1,186 @@
+"""Sums of squares of products by a kernel in C, `squares.c`, compiled when it is asked for.
+
+It is in use within `using_kernel`, for float32 on the CPU.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from consolidate.runtime.compiler import CompilerError, compiled
+
+LONG = ctypes.c_long
+BEHIND = 16  # floats behind what it reads, which it may read too
+WRONG = 1e-5  # difference from float64 above which it is not used, relative to the largest element
+SHAPES = ((37, 7, 30, 70), (3, 40, 30, 70), (2, 300, 30, 70))
+"""Of what is compared when it is loaded: examples, positions, rows and columns of a gradient."""
+
+_kernel: ctypes.CDLL | None = None
+
+
+class _Seen(ctypes.Structure):
+    """What a layer sees at the positions of an example, as in `squares.c`."""
+
+    _fields_ = (
+        *((name, LONG) for name in ("next_example", "next_down", "next_across")),
+        *((name, ctypes.c_int) for name in ("height", "width", "run", "runs_in_row")),
+        *((name, LONG) for name in ("next_row", "next_run")),
+    )
+
+
+@contextmanager
+def using_kernel(note: Callable[[str], None] | None) -> Iterator[None]:
+    """Use the kernel for a block; where it cannot be compiled or is wrong, say so and do not."""
+    global _kernel
+    before = _kernel
+    try:
+        try:
+            _kernel = _compiled()
+            _verify()
+        except CompilerError as error:
+            _kernel = None
+            if note is not None:
+                note(f"the kernel cannot be used ({error}): continuing without it")
+        yield
+    finally:
+        _kernel = before
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Return whether the kernel is in use, and takes these tensors."""
+    return _kernel is not None and all(
+        tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors
+    )
+
+
+def add_squares(total: Tensor, g: Tensor, a: Tensor, traces: Tensor) -> None:
+    """Add Σ_b (Σ_t g_bt a_btᵀ)² to total, and what each example adds to its trace.
+
+    Args:
+        total: (m, n), with neighbouring columns next to each other.
+        g: (B, T, m).
+        a: (B, T, n).
+        traces: (B,); those that are negative stay as they are.
+    """
+    if a.stride(2) != 1:
+        a = a.contiguous()
+    seen = _Seen(a.stride(0), 0, a.stride(1), 1, a.shape[1], a.shape[2], 1, 0, 0)
+    _add(total, g, a, seen, traces)
+
+
+def add_squares_of_convolution(
+    total: Tensor,
+    g: Tensor,
+    a: Tensor,
+    traces: Tensor,
+    *,
+    grid: Sequence[int],
+    zeros: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Add the squares of a convolution's gradients, without a copy of what it sees.
+
+    Args:
+        total: (m, *kernel × n).
+        g: (B, T, m).
+        a: (B, n, *in), of one or two dimensions.
+        traces: As for `add_squares`.
+        grid: Of the T positions.
+        zeros: Around `a`, as functional.pad takes them.
+        kernel: The sizes of the kernel.
+        stride: Of the kernel.
+        dilation: Of the kernel.
+    """
+    if a.ndim == 3:
+        a, zeros = a.unsqueeze(2), [*zeros, 0, 0]
+        grid, kernel, stride, dilation = (1, *grid), (1, *kernel), (1, *stride), (1, *dilation)
+    left, right, top, bottom = zeros or (0, 0, 0, 0)
+    size, channels, height, width = a.shape
+    height, width = height + top + bottom, width + left + right
+    empty = a.new_zeros if any(zeros) else a.new_empty
+    padded = empty(size * height * width * channels + BEHIND)
+    last = padded[:-BEHIND].view(size, height, width, channels)
+    last[:, top : height - bottom, left : width - right] = a.movedim(1, -1)
+    row, (down, across), (below, beside) = width * channels, stride, dilation
+    seen = _Seen(
+        *(height * row, down * row, across * channels, *grid),
+        *((kernel[1] * channels, 1) if beside == 1 else (channels, kernel[1])),
+        *(below * row, beside * channels),
+    )
+    _add(total, g, padded, seen, traces)
+
+
+def _add(total: Tensor, g: Tensor, a: Tensor, seen: _Seen, traces: Tensor) -> None:
+    assert _kernel is not None
+    threads = torch.get_num_threads()
+    found = torch.where(traces < 0, -1.0, 0.0).double().repeat(threads, 1)
+    if _kernel.add_squares(
+        *(total.data_ptr(), total.stride(0), g.data_ptr(), (LONG * 3)(*g.stride()), a.data_ptr()),
+        *(ctypes.byref(seen), len(g), *total.shape, found.data_ptr(), threads),
+    ):
+        raise MemoryError("out of memory in the kernel of squares")
+    traces += torch.where(traces < 0, 0.0, found.sum(0))
+
+
+@cache
+def _compiled() -> ctypes.CDLL:
+    """Compile and load the kernel.
+
+    Raises:
+        CompilerError: That failed.
+    """
+    source = files("consolidate.estimation").joinpath("squares.c").read_text(encoding="utf-8")
+    library = compiled(source)
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.add_squares.argtypes = [
+        *(pointer, LONG, pointer, pointer, pointer, pointer),
+        *(number, number, number, pointer, number),
+    ]
+    library.add_squares.restype = number
+    return library
+
+
+def _verify() -> None:
+    """Compare the kernel with sums in float64: few positions and many, odd shapes, a convolution.
+
+    Raises:
+        CompilerError: They differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for examples, positions, rows, columns in SHAPES:
+        g = torch.randn(examples, rows, positions, generator=generator).mT
+        a = torch.randn(examples, positions, columns, generator=generator)
+        expected = (g.mT.double() @ a.double()).square()
+        total, traces = torch.zeros(rows, columns), torch.zeros(examples)
+        add_squares(total, g, a, traces)
+        _compare(total, expected.sum(0))
+        _compare(traces, expected.sum((1, 2)))
+    g = torch.randn(3, 5, 12, generator=generator).mT  # 3 × 4 positions
+    a = torch.randn(3, 7, 5, 6, generator=generator)
+    padded = functional.pad(a, (1, 2, 0, 3)).double()
+    windows = padded.unfold(2, 3, 2).unfold(3, 5, 2)[..., ::2]  # (3, 7, 3, 3, 3, 3)
+    seen = windows.movedim(1, -1).reshape(3, 9, -1)
+    total, traces = torch.zeros(5, seen.shape[-1]), torch.zeros(3)
+    add_squares_of_convolution(
+        *(total, g[:, :9], a, traces),
+        grid=(3, 3),
+        zeros=(1, 2, 0, 3),
+        kernel=(3, 3),
+        stride=(2, 2),
+        dilation=(1, 2),
+    )
+    _compare(total, (g[:, :9].mT.double() @ seen).square().sum(0))
+
+
+def _compare(found: Tensor, expected: Tensor) -> None:
+    difference = ((found - expected).abs().max() / expected.max()).item()
+    if not difference <= WRONG:
+        raise CompilerError(f"it differs from sums in float64 by {difference:.1g} of the largest")

@@ -1,0 +1,236 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from consolidate.estimation import squares_kernel
+from consolidate.estimation.fisher_diagonal import FisherDiagonal, fisher_diagonal
+from consolidate.estimation.squares_kernel import add_squares, using_kernel
+from consolidate.runtime.compiler import compiled
+from support.elsewhere import second_device
+from support.modules import assert_close, cut, tiny
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile to a folder of the test, and forget what is loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    squares_kernel._compiled.cache_clear()
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def change(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    """Compile the kernel with a change."""
+
+    def changed(source: str):
+        assert old in source
+        return compiled(source.replace(old, new))
+
+    monkeypatch.setattr(squares_kernel, "compiled", changed)
+
+
+def fail(text: str) -> None:
+    pytest.fail(text)
+
+
+@pytest.mark.parametrize("layout", ["rows", "positions", "apart"])
+@pytest.mark.parametrize(
+    ("examples", "positions", "rows", "columns"),
+    [
+        (1, 1, 1, 1),
+        (3, 5, 7, 9),
+        (33, 16, 64, 100),
+        (70, 31, 6, 640),
+        (5, 40, 30, 65),
+        (2, 257, 27, 33),
+        (2, 513, 13, 64),
+        (2, 33, 700, 3),
+        (2, 6, 1400, 800),  # several blocks
+    ],
+)
+@pytest.mark.usefixtures("threads")
+def test_sums_and_traces(examples, positions, rows, columns, layout):
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(examples, positions, 2 * rows, generator=generator)
+    g = g[..., ::2] if layout == "apart" else g[..., :rows]
+    g = g.mT.contiguous().mT if layout == "positions" else g
+    a = torch.randn(examples, columns, positions, generator=generator).mT
+    a = a if layout == "apart" else a.contiguous()
+    total = torch.rand(rows, columns + 3, generator=generator)[:, :columns]
+    squares = (g.double().mT @ a.double()).square()
+    expected = total + squares.sum(0)
+    traces = torch.full((examples,), -1.0)
+    traces[::2] = 0.5
+    with using_kernel(fail):
+        add_squares(total, g, a, traces)
+    torch.testing.assert_close(total.double(), expected, rtol=2e-6, atol=2e-6 * expected.max())
+    measured = 0.5 + squares.sum((1, 2))[::2]
+    torch.testing.assert_close(traces[::2].double(), measured, rtol=1e-6, atol=0)
+    assert (traces[1::2] == -1).all()
+
+
+def convolved(*layers: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, list]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randn(9, *shape)
+    model(x)
+    return model, cut(x, torch.arange(9) % 3, 4)
+
+
+def measured(model: nn.Module, batches: list, **options) -> FisherDiagonal:
+    return fisher_diagonal(model, batches, "softmax", estimator="empirical", **options)
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, list]]] = {
+    "plain": lambda: convolved(nn.Conv2d(3, 8, 3), shape=(3, 9, 7)),
+    "padded, strided": lambda: convolved(nn.Conv2d(3, 20, 7, 2, 3), shape=(3, 15, 12)),
+    "dilated": lambda: convolved(nn.Conv2d(5, 17, 3, 2, 2, 3), shape=(5, 19, 21)),
+    "unlike sides": lambda: convolved(
+        nn.Conv2d(8, 9, (3, 5), (2, 1), (0, 2), (1, 2)), shape=(8, 30, 31)
+    ),
+    "zeros on one side": lambda: convolved(
+        nn.ZeroPad2d((0, 2, 1, 0)), nn.Conv2d(2, 3, 4), shape=(2, 7, 8)
+    ),
+    "pointwise": lambda: convolved(nn.Conv2d(40, 3, 1), shape=(40, 5, 6)),
+    "one dimension": lambda: convolved(nn.Conv1d(6, 9, 5, 2, 3, 2), shape=(6, 50)),
+    "three dimensions": lambda: convolved(nn.Conv3d(2, 3, 2), shape=(2, 4, 5, 6)),
+    "groups": lambda: convolved(nn.Conv2d(4, 8, 3, groups=2), shape=(4, 9, 7)),
+    "channels last": lambda: (
+        (made := convolved(nn.Conv2d(3, 8, 3), shape=(3, 9, 7)))[0].to(
+            memory_format=torch.channels_last
+        ),
+        made[1],
+    ),
+    "transposed": lambda: convolved(nn.ConvTranspose2d(4, 6, 3, 2, 1), shape=(4, 6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("threads")
+def test_convolutions(name):
+    model, batches = MODELS[name]()
+    found = measured(model, batches, kernel=True, note=fail)
+    expected = measured(model.double(), batches, accumulate_dtype=torch.float64)
+    assert found.methods == expected.methods
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-5 * value.max())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_transformers(name):
+    model, _, _, likelihood = tiny(name)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, (4, 6), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = ids[:, 0] % 3 if name == "bert" else ids
+    results = {
+        kernel: fisher_diagonal(
+            model, [(inputs, labels)], likelihood, estimator="mc", kernel=kernel, note=fail
+        )
+        for kernel in (False, True)
+    }
+    assert results[True].methods == results[False].methods
+    assert "rule" in results[True].methods.values()
+    assert any(not torch.equal(results[True][k], v) for k, v in results[False].items())
+    assert_close(results[True], results[False], 1e-4)
+
+
+def test_it_is_in_use_for_the_block_alone():
+    one = torch.ones(1, 1)
+    with using_kernel(fail):
+        assert squares_kernel.fits(one)
+        assert not squares_kernel.fits(one, one.double())
+        assert not squares_kernel.fits(one.to("meta"))
+    assert not squares_kernel.fits(one)
+
+
+def assert_plain(found: FisherDiagonal, model: nn.Module, batches: list) -> None:
+    """Hold a pass against one that was not asked for the kernel, bit for bit."""
+    expected = measured(model, batches)
+    assert found.methods == expected.methods
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+
+
+def test_a_missing_compiler_leaves_a_line_and_the_plain_path(monkeypatch):
+    model, batches = MODELS["plain"]()
+    notes: list[str] = []
+    monkeypatch.setenv("CC", "no-such-compiler")
+    found = measured(model, batches, kernel=True, note=notes.append)
+    (note,) = notes
+    assert note.startswith("the kernel cannot be used (no-such-compiler: ")
+    assert note.endswith("): continuing without it")
+    assert_plain(found, model, batches)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("AT(row) += c[r][0] * c[r][0];", "AT(row) += c[r][0];"),  # of many positions
+        ("squares[r][0] += c[r][0] * c[r][0];", ""),  # of few
+        ("c[r][1] += more[r][1];", ""),  # of more than a run
+        ("squares += c[r][0] * c[r][0]", "squares += c[r][0]"),  # traces
+        ("run % seen->runs_in_row * seen->next_run + at", "at"),  # convolutions
+        ("copy_tile(at, to_next_row, edge", "copy_tile(edge, to_next_row, edge"),  # edges
+    ],
+)
+def test_a_wrong_kernel_leaves_a_line_and_the_plain_path(monkeypatch, right, wrong):
+    change(monkeypatch, right, wrong)
+    model, batches = MODELS["plain"]()
+    notes: list[str] = []
+    found = measured(model, batches, kernel=True, note=notes.append)
+    (note,) = notes
+    assert "it differs from sums in float64" in note
+    assert_plain(found, model, batches)
+
+
+def test_the_first_batch_guards_it_too(monkeypatch):
+    change(monkeypatch, "AT(row) += c[r][0] * c[r][0];", "AT(row) += c[r][0];")
+    monkeypatch.setattr(squares_kernel, "_verify", lambda: None)
+    model, batches = MODELS["plain"]()
+    notes: list[str] = []
+    found = measured(model, batches, kernel=True, note=notes.append)
+    assert any("by rule, the gradients of 0 differ from single examples" in n for n in notes)
+    assert found.methods["0.weight"] == "module"
+    assert_close(found, measured(model, batches), 1e-4)
+
+
+def test_memory_that_runs_out_splits_the_batch(monkeypatch):
+    change(monkeypatch, "if (!packed_a)", "if (free(0), examples > 2)")
+    monkeypatch.setattr(squares_kernel, "_verify", lambda: None)
+    model, batches = MODELS["plain"]()
+    notes: list[str] = []
+    found = measured(model, batches, kernel=True, note=notes.append)
+    assert "out of memory with 4 examples: continuing with 2" in notes
+    assert_close(found, measured(model, batches), 1e-4)
+
+
+def test_float64_is_not_for_it():
+    model, batches = MODELS["plain"]()
+    notes: list[str] = []
+    measured(model, batches, kernel=True, accumulate_dtype=torch.float64, note=notes.append)
+    expected = "the kernel is for float32 on a CPU, not for float64 on cpu: continuing without it"
+    assert notes == [expected]
+
+
+def test_another_device_is_not_for_it(monkeypatch):
+    model, batches = MODELS["plain"]()
+    notes: list[str] = []
+    with second_device(monkeypatch) as device:
+        there = [(x.to(device), y.to(device)) for x, y in batches]
+        measured(model.to(device), there, kernel=True, note=notes.append)
+    assert f"not for float32 on {device.type}" in notes[0]

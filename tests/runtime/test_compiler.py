@@ -1,0 +1,84 @@
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from consolidate.runtime import compiler
+from consolidate.runtime.compiler import CompilerError, compiled
+
+THREE = "int number(void) { return 3; }"
+
+needs_a_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    return tmp_path / "consolidate"
+
+
+@needs_a_compiler
+def test_a_library_is_compiled_once_for_each_source(cache, monkeypatch):
+    assert compiled(THREE).number() == 3
+    assert compiled(THREE.replace("3", "4")).number() == 4
+    assert sorted(path.suffix for path in cache.iterdir()) == [".so", ".so"]
+    monkeypatch.setattr(compiler, "_compile", None)
+    assert compiled(THREE).number() == 3
+
+
+@needs_a_compiler
+def test_another_processor_has_another_library(cache, monkeypatch):
+    compiled(THREE)
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda path, **how: "flags: other" if "cpuinfo" in path.name else read(path, **how),
+    )
+    compiled(THREE)
+    assert len([*cache.iterdir()]) == 2
+
+
+@needs_a_compiler
+def test_a_damaged_library_is_compiled_again(cache):
+    subprocess.run(  # in a process of its own: a library that is loaded stays
+        ["python", "-c", f"from consolidate.runtime.compiler import *; compiled({THREE!r})"],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    (library,) = cache.iterdir()
+    library.write_bytes(library.read_bytes()[:100])
+    assert compiled(THREE).number() == 3
+
+
+@needs_a_compiler
+def test_the_compilers_error_is_named():
+    with pytest.raises(CompilerError, match=r"cc: .*error: .*undefined_name"):
+        compiled("int number(void) { return undefined_name; }")
+
+
+@needs_a_compiler
+def test_a_cache_that_cannot_be_written(cache):
+    cache.write_text("a file")
+    with pytest.raises(CompilerError, match=r"consolidate"):
+        compiled(THREE)
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(CompilerError, match="there is no C compiler"):
+        compiled(THREE)
+
+
+def test_cc_names_a_compiler(monkeypatch):
+    monkeypatch.setenv("CC", "/no/such/compiler -m64")
+    with pytest.raises(CompilerError, match="No such file or directory: '/no/such/compiler'"):
+        compiled(THREE)
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(CompilerError, match="false: exit code 1"):
+        compiled(THREE)
