@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     units: list[Unit]  # the marked units, of parameters that do not use the loop
     failures: dict[str, Failure]  # the first method that failed, for those with one
     only_single: str | None = None  # why the model refuses several examples; None if it does not
-    alone: Alone | None = None  # for `verify_rows`; None where the few were the whole batch
+    alone: Alone | None = None  # for `doubt_of_rows`; None where the few were the whole batch
 
 
 class _Probe(NamedTuple):
@@ -136,9 +136,9 @@ def choose_methods(
                                   squared, not their terms
         together, by the methods  the same sums, squares and blocks, with the code of all batches
 
-    That costs about 5/B of a training pass. A forward pass and two backward passes without the
-    gradients of weights, about one training pass, check what needs the whole batch
-    (`verify_rows`).
+    That costs about 5/B of a training pass. Two more backward passes of the whole batch without the
+    gradients of weights, about two thirds of a training pass, check what needs all of it
+    (`doubt_of_rows`).
 
     The two are the longest and the shortest text where there is an attention mask, otherwise the
     last example and a random one. They and the vector that is backpropagated, which is random,

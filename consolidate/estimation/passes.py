@@ -30,7 +30,12 @@ from consolidate.estimation.layer_hooks import (
     add_squares,
     in_words,
 )
-from consolidate.estimation.whole_batch import MixedExamplesError, verify_rows
+from consolidate.estimation.whole_batch import (
+    Doubt,
+    MixedExamplesError,
+    compare_rows,
+    doubt_of_rows,
+)
 from formats.errors import InputError
 
 
@@ -275,25 +280,22 @@ class Pass:
         traces: dict[str, Tensor] = {}
         additions = 0
         if self._recorder is not None:
-            self._verify(batch)
-            watched = self._watched  # The first batch did not depend on them, but this one may.
-            only = not watched
-            with (
-                requiring_gradients(watched),
-                self._recorder.recording(len(batch), only_marks_need_gradients=only) as recording,
-            ):
-                outputs, vectors = self._run(batch)
-                found = [*_dependencies(outputs, watched), *recording.mismatched]
-                together = recorded_blocks(blocks, recording, [*rest, *found])
-                blocks = {key: b for key, b in blocks.items() if key not in together}
-                if outputs.requires_grad:
-                    # Another for each batch, so that it is independent of periods in the data:
-                    # multiples of the golden ratio fill the unit interval evenly.
-                    first = int(batch.number * 0.6180339887498949 % 1 * min(MEASURED, len(batch)))
-                    sums = self._block_sums(together)
-                    squares = add_squares(self._sums, recording, outputs, vectors, first, sums)
-                    traces, additions = squares.traces, squares.additions
-                del outputs, vectors  # The graph of a whole batch, before others are created.
+            with self._recorded(batch) as (recording, outputs):
+                doubt = self._doubt(batch, recording, outputs)
+                if doubt is None:
+                    found = [*_dependencies(outputs, self._watched), *recording.mismatched]
+                    together = recorded_blocks(blocks, recording, [*rest, *found])
+                    blocks = {key: b for key, b in blocks.items() if key not in together}
+                    if outputs.requires_grad:
+                        vectors = self._scores.vectors(outputs.detach(), batch)
+                        first, sums = _first_measured(batch), self._block_sums(together)
+                        squares = add_squares(self._sums, recording, outputs, vectors, first, sums)
+                        traces, additions = squares.traces, squares.additions
+                        del vectors
+            del outputs  # The graph of a whole batch, before others are created.
+            if doubt is not None:
+                self._decide(batch, doubt)
+                return self._add_examples(batch)
             if found:
                 rest = rest | {name: self._parameters[name] for name in found}
         if rest or blocks:
@@ -311,36 +313,45 @@ class Pass:
             additions = max(additions, len(batch))
         return traces, additions
 
-    def _verify(self, batch: Batch) -> None:
-        """Check the rows of the batch that methods were chosen on."""
-        if not self._verified and self._plan is not None:
-
-            def alone(i: int) -> Tensor:
-                with torch.no_grad():
-                    return self._scores.forward(batch.example(i))
-
-            assert self._plan.alone is not None
-            known, units = self._plan.alone, self._plan.units
-            verify_rows(known, lambda: self._recorded(batch), alone, batch.number, units)
-        self._verified = True
-
     @contextmanager
     def _recorded(self, batch: Batch) -> Iterator[tuple[Recording, Tensor]]:
         """Run a batch forward, and record it for a block."""
         assert self._recorder is not None
-        only = not self._watched
+        watched = self._watched  # The first batch did not depend on them, but this one may.
         with (
-            requiring_gradients(self._watched),
-            self._recorder.recording(len(batch), only_marks_need_gradients=only) as recording,
+            requiring_gradients(watched),
+            self._recorder.recording(
+                len(batch), only_marks_need_gradients=not watched
+            ) as recording,
         ):
             try:
                 outputs = self._scores.forward(batch)
             except (RuntimeError, InputError) as error:
-                if out_of_memory(error):
+                if self._verified or out_of_memory(error):
                     raise
                 refusal = in_words(error)  # It accepts a few examples, but not so many.
                 raise MixedExamplesError(only_loop=True, refusal=refusal) from error
             yield recording, outputs
+
+    def _doubt(self, batch: Batch, recording: Recording, outputs: Tensor) -> Doubt | None:
+        """Check the rows of the batch that methods were chosen on."""
+        if self._verified or self._plan is None:
+            return None
+        assert self._plan.alone is not None
+        known, units = self._plan.alone, self._plan.units
+        doubt = doubt_of_rows(known, recording, outputs, batch.number, units)
+        self._verified = doubt is None
+        return doubt
+
+    def _decide(self, batch: Batch, doubt: Doubt) -> None:
+        """Compare the rows that are in doubt."""
+
+        def alone(i: int) -> Tensor:
+            with torch.no_grad():
+                return self._scores.forward(batch.example(i))
+
+        compare_rows(lambda: self._recorded(batch), alone, doubt)
+        self._verified = True
 
     def _block_sums(self, blocks: Mapping[str, InputBlock]) -> BlockSums | None:
         if not blocks:
@@ -369,6 +380,15 @@ class Pass:
     @property
     def _sums(self) -> dict[str, Tensor]:
         return self._accumulators().sums
+
+
+def _first_measured(batch: Batch) -> int:
+    """Return the first example whose trace is measured where not all are.
+
+    Another for each batch, so that it is independent of periods in the data: multiples of the
+    golden ratio fill the unit interval evenly.
+    """
+    return int(batch.number * 0.6180339887498949 % 1 * min(MEASURED, len(batch)))
 
 
 def where_in_data(batch: Batch) -> str:

@@ -1,8 +1,9 @@
 """The check that the rows of a whole batch are those of its examples."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,14 +31,17 @@ class MixedExamplesError(Exception):
         self.refusal = refusal  # what the model raised with so many examples
 
 
-def verify_rows(
-    known: Alone,
-    run: Run,
-    run_alone: Callable[[int], Tensor],
-    number: int,
-    units: Iterable[Unit],
-) -> None:
-    """Check that the rows of a whole batch, as recorded, are those of its examples.
+class Doubt(NamedTuple):
+    """Rows that do not look like those of a batch's examples, and what showed it."""
+
+    one: Tensor  # the vector of each example, (…)
+    draws: list[Tensor]  # its factors, (B,)
+
+
+def doubt_of_rows(
+    known: Alone, recording: Recording, outputs: Tensor, number: int, units: Iterable[Unit]
+) -> Doubt | None:
+    """Return in what the rows of a whole batch, as recorded, do not look like its examples'.
 
     The outputs of one example are those that it has alone. A random vector, the same for each
     example but times one of FACTORS, arrives with these at each marked call; then again with the
@@ -46,56 +50,59 @@ def verify_rows(
     leak into one another. What concerns two examples alone is missed where they have the same
     factor: about once in seven times, and never for neighbours.
 
-    Rows of unlike size may look wrong, and so may what a second backward pass of one graph finds.
-    What is in doubt is therefore compared, row by row, with what the vector without factors gives,
-    each from a forward pass of its own. Where rows differ, the outputs of every example have to be
-    those that it has alone.
+    Rows of unlike size may look wrong, and so may what a second backward pass of one graph finds:
+    `compare_rows` decides. The graph is kept for the batch's own backward passes.
 
     Args:
         known: An example of it, and its outputs.
-        run: Runs it forward, for a block, and gives the recording and the outputs, (B, …).
-        run_alone: Runs one of its examples, by its place, and gives the outputs, (1, …).
+        recording: Of the forward pass.
+        outputs: Its outputs, (B, …).
         number: The batch's, which the vector and the factors depend on.
         units: What is marked.
 
     Raises:
-        MixedExamplesError: With the parameters that fail, or for all.
+        MixedExamplesError: The outputs of the known example are others.
     """
     example, expected = known
-    in_doubt = False
-    with run() as (recording, outputs):
-        if not near(expected, outputs[example : example + 1].detach()):
-            raise MixedExamplesError(only_loop=True)
-        if not outputs.requires_grad:
-            return
-        generator = torch.Generator().manual_seed(number)
-        one = torch.randn(outputs.shape[1:], generator=generator).to(outputs)
-        ascending = _factors(units, outputs)
-        steps = torch.randint(1, len(ascending), (recording.size,), generator=generator)
-        places = steps.cumsum(0) % len(ascending)  # never a neighbour's
-        draws = [ascending[at].to(outputs.device) for at in (places, len(ascending) - 1 - places)]
-        try:
-            for factors in draws:
-                arrived = _arrived(recording, outputs, factors, one, keep=factors is draws[0])
-                in_doubt |= any(_are_mixed(largest, factors) for _, largest in arrived)
-        except UnitError:
+    if not near(expected, outputs[example : example + 1].detach()):
+        raise MixedExamplesError(only_loop=True)
+    if not outputs.requires_grad:
+        return None
+    generator = torch.Generator().manual_seed(number)
+    one = torch.randn(outputs.shape[1:], generator=generator).to(outputs)
+    ascending = _factors(units, outputs)
+    steps = torch.randint(1, len(ascending), (recording.size,), generator=generator)
+    places = steps.cumsum(0) % len(ascending)  # never a neighbour's
+    draws = [ascending[at].to(outputs.device) for at in (places, len(ascending) - 1 - places)]
+    try:
+        for factors in draws:
+            arrived = _arrived(recording, outputs, factors, one, keep=True)
+            if any(_are_mixed(largest, factors) for _, largest in arrived):
+                return Doubt(one, draws)
+    except UnitError:
+        raise
+    except Exception as error:  # A graph of functions that can be used once.
+        if out_of_memory(error):
             raise
-        except Exception as error:  # A graph of functions that can be used once.
-            if out_of_memory(error):
-                raise
-            in_doubt = True
-    if in_doubt:
-        _compare_rows(run, run_alone, one, draws)
+        return Doubt(one, draws)
+    return None
 
 
-def _compare_rows(
-    run: Run, run_alone: Callable[[int], Tensor], one: Tensor, draws: Sequence[Tensor]
-) -> None:
+def compare_rows(run: Run, run_alone: Callable[[int], Tensor], doubt: Doubt) -> None:
     """Compare the rows of each draw of factors with those of no factors.
 
+    Each is from a forward pass of its own. Where rows differ, the outputs of every example have to
+    be those that it has alone.
+
+    Args:
+        run: Runs the batch forward, for a block, and gives the recording and the outputs, (B, …).
+        run_alone: Runs one of its examples, by its place, and gives the outputs, (1, …).
+        doubt: What to decide.
+
     Raises:
-        MixedExamplesError: Those of some parameters differ.
+        MixedExamplesError: Those of some parameters differ, or examples change one another.
     """
+    one, draws = doubt
     mixed: set[str] = set()
     with run() as (recording, outputs):
         usual = _arrived(recording, outputs, torch.ones_like(draws[0]), one, keep=False)
