@@ -1,6 +1,5 @@
 """The check that the rows of a whole batch are those of its examples."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -147,20 +146,28 @@ def _arrived(
     begun: dict[str, Tensor] = {}
 
     def note(gradients: Mapping[str, Gradients], examples: range) -> None:
+        largest: dict[int, Tensor] = {}  # A layer's weight and bias share their rows.
         for name, found in gradients.items():
-            rows = _rows_of(found).reshape(len(examples), -1)
+            rows = _rows_of(found)
             if not rows.numel():
                 continue
             if examples.start == 0:
                 begun[name] = rows.new_zeros(recording.size)
-            largest = torch.linalg.vector_norm(rows, math.inf, 1)
-            begun[name][examples.start : examples.stop] = largest
+            if id(rows) not in largest:
+                largest[id(rows)] = _largest(rows)
+            begun[name][examples.start : examples.stop] = largest[id(rows)]
             if examples.stop == recording.size:
                 done.append((name, begun.pop(name)))
 
     vector = factors.to(one).view(-1, *[1] * one.ndim) * one
     recording.backward(outputs, vector, note, keep=keep)
     return done
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Return max |x| of each row, (B,); torch's norm takes five times as long."""
+    rest = tuple(range(1, rows.ndim))
+    return torch.maximum(rows.amax(rest), -rows.amin(rest)) if rest else rows.abs()
 
 
 def _are_mixed(largest: Tensor, factors: Tensor) -> bool:
