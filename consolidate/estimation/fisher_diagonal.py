@@ -173,7 +173,7 @@ def fisher_diagonal(
         NonFiniteError: If outputs or gradients are not finite, naming parameter and batch.
     """
     likelihood = get_likelihood(likelihood)
-    _check_options(estimator, structure, mc_samples, accumulate_dtype)
+    _check_options(estimator, structure, mc_samples, accumulate_dtype, kernel)
     _check_tolerance(tolerance, tolerance_every)
     samples = mc_samples if estimator in ("mc", "batched") else None
     method = Estimator(estimator, samples, seed, max_outcomes)
@@ -227,6 +227,7 @@ def _check_options(
     structure: str,
     mc_samples: int,
     accumulate_dtype: torch.dtype,
+    kernel: bool,
 ) -> None:
     if estimator not in ESTIMATORS:
         raise UsageError(
@@ -240,6 +241,11 @@ def _check_options(
         raise UsageError(
             "the structure inputs cannot be combined with the estimator batched, which has no "
             "gradients of single examples; use the estimator mc"
+        )
+    if kernel and estimator == "batched":
+        raise UsageError(
+            "the kernel cannot be combined with the estimator batched, which has no gradients of "
+            "single examples; leave it out, or use another estimator"
         )
     if mc_samples < 1:
         raise UsageError(f"mc_samples is {mc_samples}: expected at least 1")

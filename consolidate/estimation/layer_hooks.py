@@ -120,8 +120,6 @@ class Recording:
             torch.autograd.grad(outputs, self.anchor, vector, retain_graph=keep, allow_unused=True)
         finally:
             self.sink = None  # It refers to this recording.
-            if not keep:
-                self.squares.clear()
 
     def mark(self, unit: Unit, args: Any, kwargs: Any, output: Any) -> Any:
         """Return a call's output, marked; None where the output needs no replacement."""
@@ -474,6 +472,8 @@ def add_squares(
     vectors: Iterable[Tensor],
     first: int = 0,
     blocks: BlockSums | None = None,
+    *,
+    keep: bool = False,
 ) -> Squares:
     """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums, in the parameters' shapes by name.
 
@@ -486,6 +486,7 @@ def add_squares(
         vectors: The vectors to backpropagate, each like outputs.
         first: The first example whose share is measured where not all are.
         blocks: Where to add Σ Jᵀ J of layers, whose parameters' gradients arrive together.
+        keep: Whether the graph is used again.
     """
     squares = Squares(sums, recording, first, blocks)
     vectors = iter(vectors)
@@ -495,9 +496,10 @@ def add_squares(
         squares.shared |= following is not None
         if blocks is not None:
             blocks.shared, blocks.last = squares.shared, following is None
-        recording.backward(outputs, vector, squares, keep=following is not None)
+        recording.backward(outputs, vector, squares, keep=keep or following is not None)
         squares.end_vector()
         vector = following
+    recording.squares.clear()
     squares.end()
     return squares
 

@@ -280,22 +280,26 @@ class Pass:
         traces: dict[str, Tensor] = {}
         additions = 0
         if self._recorder is not None:
+            doubt: Doubt | None = None
             with self._recorded(batch) as (recording, outputs):
-                doubt = self._doubt(batch, recording, outputs)
-                if doubt is None:
-                    found = [*_dependencies(outputs, self._watched), *recording.mismatched]
-                    together = recorded_blocks(blocks, recording, [*rest, *found])
-                    blocks = {key: b for key, b in blocks.items() if key not in together}
-                    if outputs.requires_grad:
-                        vectors = self._scores.vectors(outputs.detach(), batch)
-                        first, sums = _first_measured(batch), self._block_sums(together)
-                        squares = add_squares(self._sums, recording, outputs, vectors, first, sums)
-                        traces, additions = squares.traces, squares.additions
-                        del vectors
+                found = [*_dependencies(outputs, self._watched), *recording.mismatched]
+                together = recorded_blocks(blocks, recording, [*rest, *found])
+                blocks = {key: b for key, b in blocks.items() if key not in together}
+                if outputs.requires_grad:
+                    vectors = self._scores.vectors(outputs.detach(), batch)
+                    first, sums = _first_measured(batch), self._block_sums(together)
+                    keep = self._unverified
+                    squares = add_squares(
+                        self._sums, recording, outputs, vectors, first, sums, keep=keep
+                    )
+                    traces, additions = squares.traces, squares.additions
+                    del vectors
+                if self._unverified:
+                    doubt = self._doubt(batch, recording, outputs, traces)
             del outputs  # The graph of a whole batch, before others are created.
             if doubt is not None:
                 self._decide(batch, doubt)
-                return self._add_examples(batch)
+            self._verified = True
             if found:
                 rest = rest | {name: self._parameters[name] for name in found}
         if rest or blocks:
@@ -327,31 +331,33 @@ class Pass:
             try:
                 outputs = self._scores.forward(batch)
             except (RuntimeError, InputError) as error:
-                if self._verified or out_of_memory(error):
+                if not self._unverified or out_of_memory(error):
                     raise
                 refusal = in_words(error)  # It accepts a few examples, but not so many.
                 raise MixedExamplesError(only_loop=True, refusal=refusal) from error
             yield recording, outputs
 
-    def _doubt(self, batch: Batch, recording: Recording, outputs: Tensor) -> Doubt | None:
-        """Check the rows of the batch that methods were chosen on."""
-        if self._verified or self._plan is None:
-            return None
+    @property
+    def _unverified(self) -> bool:
+        """Whether the rows of a batch, on which methods were chosen, are still to be checked."""
+        return self._plan is not None and not self._verified
+
+    def _doubt(
+        self, batch: Batch, recording: Recording, outputs: Tensor, traces: Mapping[str, Tensor]
+    ) -> Doubt | None:
+        assert self._plan is not None
         assert self._plan.alone is not None
         known, units = self._plan.alone, self._plan.units
-        doubt = doubt_of_rows(known, recording, outputs, batch.number, units)
-        self._verified = doubt is None
-        return doubt
+        return doubt_of_rows(known, recording, outputs, batch.number, units, traces)
 
     def _decide(self, batch: Batch, doubt: Doubt) -> None:
-        """Compare the rows that are in doubt."""
+        """Compare the rows that are in doubt; what was added is undone if they differ."""
 
         def alone(i: int) -> Tensor:
             with torch.no_grad():
                 return self._scores.forward(batch.example(i))
 
         compare_rows(lambda: self._recorded(batch), alone, doubt)
-        self._verified = True
 
     def _block_sums(self, blocks: Mapping[str, InputBlock]) -> BlockSums | None:
         if not blocks:

@@ -6,6 +6,7 @@ It is in use within `using_kernel`, for float32 on the CPU.
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.resources import files
 
@@ -21,7 +22,7 @@ WRONG = 1e-5  # difference from float64 above which it is not used, relative to 
 SHAPES = ((37, 7, 30, 70), (3, 40, 30, 70), (2, 300, 30, 70))
 """Of what is compared when it is loaded: examples, positions, rows and columns of a gradient."""
 
-_kernel: ctypes.CDLL | None = None
+_kernel: ContextVar[ctypes.CDLL | None] = ContextVar("kernel", default=None)
 
 
 class _Seen(ctypes.Structure):
@@ -37,24 +38,23 @@ class _Seen(ctypes.Structure):
 @contextmanager
 def using_kernel(note: Callable[[str], None] | None) -> Iterator[None]:
     """Use the kernel for a block; where it cannot be compiled or is wrong, say so and do not."""
-    global _kernel
-    before = _kernel
+    token = _kernel.set(None)
     try:
         try:
-            _kernel = _compiled()
+            _kernel.set(_compiled())
             _verify()
         except CompilerError as error:
-            _kernel = None
+            _kernel.set(None)
             if note is not None:
                 note(f"the kernel cannot be used ({error}): continuing without it")
         yield
     finally:
-        _kernel = before
+        _kernel.reset(token)
 
 
 def fits(*tensors: Tensor) -> bool:
     """Return whether the kernel is in use, and takes these tensors."""
-    return _kernel is not None and all(
+    return _kernel.get() is not None and all(
         tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors
     )
 
@@ -67,9 +67,13 @@ def add_squares(total: Tensor, g: Tensor, a: Tensor, traces: Tensor) -> None:
         g: (B, T, m).
         a: (B, T, n).
         traces: (B,); those that are negative stay as they are.
+
+    Raises:
+        RuntimeError: Their shapes do not fit together.
     """
     if a.stride(2) != 1:
         a = a.contiguous()
+    _check(total, g, (len(a), a.shape[1], a.shape[2]))
     seen = _Seen(a.stride(0), 0, a.stride(1), 1, a.shape[1], a.shape[2], 1, 0, 0)
     _add(total, g, a, seen, traces)
 
@@ -98,6 +102,9 @@ def add_squares_of_convolution(
         kernel: The sizes of the kernel.
         stride: Of the kernel.
         dilation: Of the kernel.
+
+    Raises:
+        RuntimeError: Their shapes do not fit together.
     """
     if a.ndim == 3:
         a, zeros = a.unsqueeze(2), [*zeros, 0, 0]
@@ -105,6 +112,10 @@ def add_squares_of_convolution(
     left, right, top, bottom = zeros or (0, 0, 0, 0)
     size, channels, height, width = a.shape
     height, width = height + top + bottom, width + left + right
+    _check(total, g, (size, grid[0] * grid[1], kernel[0] * kernel[1] * channels))
+    for axis, side in enumerate((height, width)):
+        if (grid[axis] - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1 > side:
+            raise RuntimeError(f"{grid} positions do not fit into {height} × {width} inputs")
     empty = a.new_zeros if any(zeros) else a.new_empty
     padded = empty(size * height * width * channels + BEHIND)
     last = padded[:-BEHIND].view(size, height, width, channels)
@@ -118,11 +129,26 @@ def add_squares_of_convolution(
     _add(total, g, padded, seen, traces)
 
 
+def _check(total: Tensor, g: Tensor, seen: tuple[int, int, int]) -> None:
+    """Refuse what would be read or written beside the tensors: C does not look.
+
+    Args:
+        total: The sums.
+        g: The gradients.
+        seen: Examples, positions and columns of what the layer sees.
+    """
+    expected = (*seen[:2], len(total)), (len(total), seen[2])
+    if (g.shape, total.shape) != expected or not g.numel() or total.stride(1) != 1:
+        raise RuntimeError(f"gradients {[*g.shape]} of sums {[*total.shape]} for inputs {[*seen]}")
+
+
 def _add(total: Tensor, g: Tensor, a: Tensor, seen: _Seen, traces: Tensor) -> None:
-    assert _kernel is not None
+    kernel = _kernel.get()
+    assert kernel is not None
+    assert fits(total, g, a)
     threads = torch.get_num_threads()
     found = torch.where(traces < 0, -1.0, 0.0).double().repeat(threads, 1)
-    if _kernel.add_squares(
+    if kernel.add_squares(
         *(total.data_ptr(), total.stride(0), g.data_ptr(), (LONG * 3)(*g.stride()), a.data_ptr()),
         *(ctypes.byref(seen), len(g), *total.shape, found.data_ptr(), threads),
     ):
@@ -155,29 +181,31 @@ def _verify() -> None:
         CompilerError: They differ.
     """
     generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
     for examples, positions, rows, columns in SHAPES:
-        g = torch.randn(examples, rows, positions, generator=generator).mT
-        a = torch.randn(examples, positions, columns, generator=generator)
+        g, a = random(examples, rows, positions).mT, random(examples, positions, columns)
         expected = (g.mT.double() @ a.double()).square()
-        total, traces = torch.zeros(rows, columns), torch.zeros(examples)
+        total, traces = a.new_zeros(rows, columns), a.new_zeros(examples)
         add_squares(total, g, a, traces)
         _compare(total, expected.sum(0))
         _compare(traces, expected.sum((1, 2)))
-    g = torch.randn(3, 5, 12, generator=generator).mT  # 3 × 4 positions
-    a = torch.randn(3, 7, 5, 6, generator=generator)
+    g, a = random(3, 5, 9).mT, random(3, 7, 5, 6)  # 3 × 3 positions
     padded = functional.pad(a, (1, 2, 0, 3)).double()
     windows = padded.unfold(2, 3, 2).unfold(3, 5, 2)[..., ::2]  # (3, 7, 3, 3, 3, 3)
     seen = windows.movedim(1, -1).reshape(3, 9, -1)
-    total, traces = torch.zeros(5, seen.shape[-1]), torch.zeros(3)
+    total = a.new_zeros(5, seen.shape[-1])
     add_squares_of_convolution(
-        *(total, g[:, :9], a, traces),
+        *(total, g, a, a.new_zeros(3)),
         grid=(3, 3),
         zeros=(1, 2, 0, 3),
         kernel=(3, 3),
         stride=(2, 2),
         dilation=(1, 2),
     )
-    _compare(total, (g[:, :9].mT.double() @ seen).square().sum(0))
+    _compare(total, (g.mT.double() @ seen).square().sum(0))
 
 
 def _compare(found: Tensor, expected: Tensor) -> None:

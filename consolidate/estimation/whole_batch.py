@@ -38,7 +38,12 @@ class Doubt(NamedTuple):
 
 
 def doubt_of_rows(
-    known: Alone, recording: Recording, outputs: Tensor, number: int, units: Iterable[Unit]
+    known: Alone,
+    recording: Recording,
+    outputs: Tensor,
+    number: int,
+    units: Iterable[Unit],
+    traces: Mapping[str, Tensor],
 ) -> Doubt | None:
     """Return in what the rows of a whole batch, as recorded, do not look like its examples'.
 
@@ -49,8 +54,8 @@ def doubt_of_rows(
     leak into one another. What concerns two examples alone is missed where they have the same
     factor: about once in seven times, and never for neighbours.
 
-    Rows of unlike size may look wrong, and so may what a second backward pass of one graph finds:
-    `compare_rows` decides. The graph is kept for the batch's own backward passes.
+    Rows of unlike size may look wrong, and so may what a second backward pass of one graph finds,
+    which follows the batch's own: `compare_rows` decides. So it does where nothing arrives.
 
     Args:
         known: An example of it, and its outputs.
@@ -58,6 +63,7 @@ def doubt_of_rows(
         outputs: Its outputs, (B, …).
         number: The batch's, which the vector and the factors depend on.
         units: What is marked.
+        traces: What the batch's own backward passes added, (B,), by name; negative if unknown.
 
     Raises:
         MixedExamplesError: The outputs of the known example are others.
@@ -75,9 +81,10 @@ def doubt_of_rows(
     draws = [ascending[at].to(outputs.device) for at in (places, len(ascending) - 1 - places)]
     try:
         for factors in draws:
-            arrived = _arrived(recording, outputs, factors, one, keep=True)
-            if any(_are_mixed(largest, factors) for _, largest in arrived):
-                return Doubt(one, draws)
+            for name, largest in _arrived(recording, outputs, factors, one, keep=True):
+                nothing = not largest.any() and name in traces and bool((traces[name] > 0).any())
+                if nothing or _are_mixed(largest, factors):
+                    return Doubt(one, draws)
     except UnitError:
         raise
     except Exception as error:  # A graph of functions that can be used once.

@@ -4,7 +4,9 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,30 +16,29 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
 class CompilerError(Exception):
-    """There is no compiler, or it failed."""
+    """There is no compiler, it failed, or there is no place for what it makes."""
 
 
 def compiled(source: str) -> ctypes.CDLL:
     """Return the library of a source in C, which the first call on a machine compiles.
 
-    Libraries are kept in `$XDG_CACHE_HOME/consolidate`, by default `~/.cache/consolidate`, under
-    names with the digest of the source, the flags, the compiler's version and the processor's
-    instructions, so that machines may share the folder.
+    Libraries are kept in `$XDG_CACHE_HOME/consolidate`, by default `~/.cache/consolidate`, which
+    nobody else may write to. A name has the digest of source, flags, compiler and the processor's
+    instructions, so that machines may share the folder, and that of the file, which shows damage.
 
     Raises:
-        CompilerError: There is no compiler, it failed, or its output cannot be stored or loaded.
+        CompilerError: There is no compiler, it failed, or its output cannot be kept or loaded.
     """
-    command = os.environ.get("CC", "").split() or [_compiler()]
     try:
-        version = _run([*command, "--version"])
-        library = _folder() / f"{_digest(source, *command, *_FLAGS, version)}.so"
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:  # It is not there yet, or damaged.
-            _compile(command, source, library)
-            return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError) as error:
-        raise CompilerError(f"{command[0]}: {_reason(error)}") from error
+        command = shlex.split(os.environ.get("CC", "")) or [_compiler()]
+        folder = _folder()
+        key = _digest(source, *command, *_FLAGS, _run([*command, "--version"]), *_processor())
+        for library in folder.glob(f"{key}-*.so"):
+            if library.stem == f"{key}-{_digest_of(library)}":
+                return ctypes.CDLL(str(library))
+        return ctypes.CDLL(str(_compile(command, source, folder, key)))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise CompilerError(_reason(error)) from error
 
 
 def _compiler() -> str:
@@ -48,38 +49,69 @@ def _compiler() -> str:
 
 
 def _folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "consolidate"
+    """Return the folder of libraries, made if need be; refuse one that others can write to."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        folder = (cache if cache.is_absolute() else Path.home() / ".cache") / "consolidate"
+    except RuntimeError as error:
+        raise CompilerError(f"{error} Set HOME or XDG_CACHE_HOME") from error
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CompilerError(
+            f"{folder} is another user's, or others can write to it; use a folder of your own "
+            "(XDG_CACHE_HOME)"
+        )
+    return folder
+
+
+def _processor() -> list[str]:
+    """Describe the processor's instructions, which are those of its first core."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return [platform.machine(), platform.processor()]
+    lines = text.split("\n\n", 1)[0].splitlines()
+    return [line for line in lines if "MHz" not in line and "bogomips" not in line]
 
 
 def _digest(*parts: str) -> str:
-    try:
-        # All cores have the same instructions; clock rates, which differ, are left out.
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines()
-        processor = [line for line in lines if "MHz" not in line and "bogomips" not in line]
-    except OSError:
-        processor = [platform.machine(), platform.processor()]
-    return hashlib.sha256("\0".join([*parts, *processor]).encode()).hexdigest()[:32]
+    text = "\0".join(parts).encode(errors="surrogateescape")
+    return hashlib.sha256(text).hexdigest()[:32]
 
 
-def _compile(command: list[str], source: str, library: Path) -> None:
-    """Compile to a file of its own, which replaces what another process wrote meanwhile."""
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        written = Path(folder, "source.c")
+def _digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def _compile(command: list[str], source: str, folder: Path, key: str) -> Path:
+    """Compile to a folder of its own; the file replaces what another process wrote meanwhile."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        written = Path(temporary, "source.c")
         written.write_text(source, encoding="utf-8")
-        _run([*command, *_FLAGS, "-o", str(written.with_suffix(".so")), str(written)])
-        written.with_suffix(".so").replace(library)
+        made = written.with_suffix(".so")
+        _run([*command, *_FLAGS, "-o", str(made), str(written)])
+        return made.replace(folder / f"{key}-{_digest_of(made)}.so")
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, check=True, text=True, timeout=_SECONDS)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=_SECONDS,
+        env={**os.environ, "LC_ALL": "C"},  # for `_reason`
+    )
     return done.stdout
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of a compiler's output that says what is wrong."""
+    """Return what is wrong, of a compiler's output the line that says it."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = error.stderr.strip().splitlines()
-        return next((line for line in lines if "error:" in line), f"exit code {error.returncode}")
+        why = next((line for line in lines if "error:" in line), f"exit code {error.returncode}")
+        return f"{error.cmd[0]}: {why}"
     return str(error)

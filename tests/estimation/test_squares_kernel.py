@@ -1,4 +1,5 @@
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from consolidate.estimation import squares_kernel
 from consolidate.estimation.fisher_diagonal import FisherDiagonal, fisher_diagonal
 from consolidate.estimation.squares_kernel import add_squares, using_kernel
 from consolidate.runtime.compiler import compiled
+from formats.errors import UsageError
 from support.elsewhere import second_device
 from support.modules import assert_close, cut, tiny
 
@@ -158,6 +160,60 @@ def test_it_is_in_use_for_the_block_alone():
     assert not squares_kernel.fits(one)
 
 
+def test_another_thread_does_not_use_it():
+    found: list[bool] = []
+    with using_kernel(fail):
+        other = threading.Thread(target=lambda: found.append(squares_kernel.fits(torch.ones(1))))
+        other.start()
+        other.join()
+    assert found == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_torchs_default_dtype_does_not_matter(dtype):
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with using_kernel(fail):
+            assert squares_kernel.fits(torch.ones(1, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    ("total", "g", "a"),
+    [
+        ((6, 8), (2, 7, 6), (2, 9, 8)),  # positions
+        ((6, 8), (2, 7, 5), (2, 7, 8)),  # rows
+        ((6, 8), (2, 7, 6), (2, 7, 9)),  # columns
+        ((6, 8), (3, 7, 6), (2, 7, 8)),  # examples
+        ((6, 8), (2, 0, 6), (2, 0, 8)),  # nothing
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(total, g, a):
+    with using_kernel(fail), pytest.raises(RuntimeError, match="of sums"):
+        add_squares(torch.zeros(total), torch.ones(g), torch.ones(a), torch.zeros(g[0]))
+
+
+def test_more_positions_than_a_convolution_has_are_refused():
+    sums, g, a = torch.zeros(2, 9), torch.ones(1, 16, 2), torch.ones(1, 1, 5, 6)
+    shape = {"grid": (4, 4), "kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1)}
+    with using_kernel(fail), pytest.raises(RuntimeError, match=r"4, 4.*do not fit into 5 × 6"):
+        squares_kernel.add_squares_of_convolution(sums, g, a, torch.zeros(1), zeros=(), **shape)
+
+
+@pytest.mark.parametrize("positions", [9, 12, 300])
+def test_a_hook_that_changes_a_later_batchs_shape_falls_back(positions):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Flatten(), nn.Linear(256, 3))
+    model[0].register_forward_hook(lambda module, args, output: output[:, :8])
+    batches = [(torch.randn(4, count, 32), torch.arange(4) % 3) for count in (8, positions)]
+    notes: list[str] = []
+    found = measured(model, batches, kernel=True, note=notes.append)
+    assert "the gradients of 0 cannot be computed (RuntimeError: " in notes[0]
+    assert_close(found, measured(model, batches), 1e-4)
+
+
 def assert_plain(found: FisherDiagonal, model: nn.Module, batches: list) -> None:
     """Hold a pass against one that was not asked for the kernel, bit for bit."""
     expected = measured(model, batches)
@@ -172,8 +228,8 @@ def test_a_missing_compiler_leaves_a_line_and_the_plain_path(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     found = measured(model, batches, kernel=True, note=notes.append)
     (note,) = notes
-    assert note.startswith("the kernel cannot be used (no-such-compiler: ")
-    assert note.endswith("): continuing without it")
+    assert note.startswith("the kernel cannot be used (")
+    assert note.endswith("'no-such-compiler'): continuing without it")
     assert_plain(found, model, batches)
 
 
@@ -217,6 +273,12 @@ def test_memory_that_runs_out_splits_the_batch(monkeypatch):
     found = measured(model, batches, kernel=True, note=notes.append)
     assert "out of memory with 4 examples: continuing with 2" in notes
     assert_close(found, measured(model, batches), 1e-4)
+
+
+def test_batched_has_no_squares_of_examples():
+    model, batches = MODELS["plain"]()
+    with pytest.raises(UsageError, match="kernel cannot be combined with the estimator batched"):
+        fisher_diagonal(model, batches, "softmax", estimator="batched", kernel=True)
 
 
 def test_float64_is_not_for_it():

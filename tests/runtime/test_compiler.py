@@ -1,6 +1,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,21 +39,62 @@ def test_another_processor_has_another_library(cache, monkeypatch):
     monkeypatch.setattr(
         Path,
         "read_text",
-        lambda path, **how: "flags: other" if "cpuinfo" in path.name else read(path, **how),
+        lambda path, **how: "flags: other" if path.name == "cpuinfo" else read(path, **how),
     )
     compiled(THREE)
     assert len([*cache.iterdir()]) == 2
 
 
 @needs_a_compiler
-def test_a_damaged_library_is_compiled_again(cache):
+@pytest.mark.parametrize("size", [100, 4096, 8192])
+def test_a_damaged_library_is_compiled_again(cache, size):
     subprocess.run(  # in a process of its own: a library that is loaded stays
-        ["python", "-c", f"from consolidate.runtime.compiler import *; compiled({THREE!r})"],
+        [sys.executable, "-c", f"from consolidate.runtime.compiler import *; compiled({THREE!r})"],
         check=True,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
     (library,) = cache.iterdir()
-    library.write_bytes(library.read_bytes()[:100])
+    library.write_bytes(library.read_bytes()[:size])
+    assert compiled(THREE).number() == 3
+
+
+@needs_a_compiler
+def test_a_folder_that_others_can_write_to_is_refused(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(CompilerError, match="others can write to it"):
+        compiled(THREE)
+    assert not [*cache.iterdir()]
+
+
+@needs_a_compiler
+def test_the_folder_is_the_users_alone(cache):
+    before = os.umask(0)
+    try:
+        compiled(THREE)
+    finally:
+        os.umask(before)
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+@needs_a_compiler
+def test_without_a_home(monkeypatch):
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(CompilerError, match=r"home directory\. Set HOME or XDG_CACHE_HOME"):
+        compiled(THREE)
+
+
+@needs_a_compiler
+def test_a_compiler_in_a_folder_with_a_blank_that_writes_latin(cache, monkeypatch, tmp_path):
+    script = tmp_path / "my compilers" / "cc"
+    script.parent.mkdir()
+    script.write_bytes(b"#!/bin/sh\necho '\xe9'\nexec cc \"$@\"\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", f"'{script}'")
     assert compiled(THREE).number() == 3
 
 
