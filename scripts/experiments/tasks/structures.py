@@ -29,8 +29,8 @@ from scripts.experiments.settings import newsgroups
 NAME = "structures"
 SEEDS = 3
 RATE = 1e-4
-STRENGTHS = dict.fromkeys(STRUCTURES, (3e4, 1e5, 4e5))
-STRENGTHS["a_g"] = (1e3, 3e3, 1e4, *STRENGTHS["a_g"])
+USUAL = (3e4, 1e5, 4e5)
+STRENGTHS = {name: (1e3, 3e3, 1e4, *USUAL) if name == "a_g" else USUAL for name in STRUCTURES}
 """Of each structure; K-FAC's first three were added later, as the page says."""
 SETTING_FILE = "scripts/experiments/settings/newsgroups.py"
 CODE_FILE = "scripts/experiments/lib/structured.py"
@@ -148,7 +148,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
     write_csv(folder, NAME, [*header, "old test", "new test"], rows)
     text = TEXT.format(
         rate=RATE,
-        strengths=", ".join(f"{one:g}" for one in STRENGTHS["diagonal"]),
+        strengths=", ".join(f"{one:g}" for one in USUAL),
         seeds=len({record.unit.seed for record in records}),
         levels=_levels(_curves(records)),
         tried=_tried(records),
