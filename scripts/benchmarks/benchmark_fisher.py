@@ -377,6 +377,8 @@ def summary(tables: dict[str, dict[str, Row]]) -> str:
 
 def profile_table(names: Iterable[str], quick: bool) -> str:
     """Write where the time of one batch goes, in a plain pass and in consolidate's."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        torch.zeros(1)  # the first profile of a process is slower by milliseconds
     rows = []
     for name in names:
         for title, times in profiles(WORKLOADS[name], quick).items():

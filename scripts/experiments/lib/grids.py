@@ -108,13 +108,12 @@ SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Of the way that is gone at each task of a chain: each is a chain of its own."""
 CHAIN_RATES = (1e-4, 3e-4, 1e-3)
 TEXT_CHAIN = {
-    "free": Grid((3e-5, 1e-4, 3e-4, 1e-3)),
-    "l2": Grid(CHAIN_RATES, (0.03, 0.1, 0.3, 1.0)),
-    "interpolation": Grid(CHAIN_RATES, SHARES),
-    "lora": Grid((3e-4, 1e-3, 3e-3, 1e-2)),
-    "replay": Grid(CHAIN_RATES, (0.1, 0.3, 1.0, 3.0)),
-    "ewc": Grid(CHAIN_RATES, (3e3, 1e4, 3e4, 1e5)),
-    "inputs": Grid(CHAIN_RATES, (3e3, 1e4, 3e4, 1e5)),
+    "free": Grid((3e-5, 1e-4, 3e-4)),
+    "l2": Grid(CHAIN_RATES, (0.03, 0.1, 0.3)),
+    "interpolation": Grid(CHAIN_RATES, (0.35, 0.5, 0.8)),
+    "lora": Grid((3e-4, 1e-3, 3e-3)),
+    "ewc": Grid(CHAIN_RATES, (3e3, 1e4, 3e4)),
+    "inputs": Grid(CHAIN_RATES, (3e3, 1e4, 3e4)),
 }
 TAGGING = {
     "free": Grid(CHAIN_RATES),
