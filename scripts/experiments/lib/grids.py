@@ -20,7 +20,8 @@ ORDER = {
         ("free", "l2", "ewc", "ewc_generated", "ewc_random"),
         FIRST,
         ("inputs", "inputs_generated"),
-    )
+    ),
+    "text_chain": (MAIN,),  # a seed of all methods before the next seed
 }
 """Of a setting whose units take long: what is done first, all seeds of it."""
 CANDIDATES = ("ewc_floor", "ewc_tempered")
