@@ -14,6 +14,8 @@ from consolidate.estimation.layer_hooks import Recording, Unit, UnitError
 APART = 2.0**30
 FACTORS = tuple(APART**power for power in range(-3, 4))
 """Of examples in a vector for a whole batch, so far apart that a row shows whose it is."""
+FLUSHED = 2.0**-102
+"""Below it a sum of float32 may lack terms that were flushed to zero, those below 2⁻¹²⁶."""
 
 Run = Callable[[], AbstractContextManager[tuple[Recording, Tensor]]]
 
@@ -118,7 +120,7 @@ def compare_rows(run: Run, run_alone: Callable[[int], Tensor], doubt: Doubt) -> 
         if [name for name, _ in usual] != [name for name, _ in found]:  # Other calls than before.
             raise MixedExamplesError(only_loop=True)
         for (name, before), (_, after) in zip(usual, found, strict=True):
-            if _differ(after, before * factors, before.max() / APART**3.5):
+            if _differ(after, before * factors, _least(before.max())):
                 mixed.add(name)
         mixed -= recording.mismatched
     if mixed:
@@ -186,10 +188,15 @@ def _are_mixed(largest: Tensor, factors: Tensor) -> bool:
     if not len(usual):
         return False
     middle, between = usual.median(), APART**0.5
-    expected = middle * factors
-    too_large = largest > (expected * between).clamp(min=middle / APART**3.5)
-    too_small = (largest > 0) & (largest < expected / between)
+    expected, least = middle * factors, _least(middle)
+    too_large = largest > (expected * between).clamp(min=least)
+    too_small = (largest > 0) & (largest < expected / between) & (expected > least)
     return bool((too_large | too_small).any())
+
+
+def _least(usual: Tensor) -> Tensor:
+    """Return what a row has to exceed to show whose it is, from one of factor 1."""
+    return (usual / APART**3.5).clamp(min=FLUSHED)
 
 
 def _differ(found: Tensor, expected: Tensor, least: Tensor) -> bool:

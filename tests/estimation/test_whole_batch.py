@@ -287,3 +287,30 @@ def test_the_checks_run_the_whole_batch_backward_twice() -> None:
     # Two examples, one of them alone, and the two by rules; then batches, the first with a check.
     assert forward == [2, 1, 2, 24, 24]
     assert backward == [2, 1, 2, 24, 24, 24, 24]
+
+
+class Attending(nn.Module):
+    """Attention: the gradient of the bias of its keys is nothing but rounding."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.query(x) @ self.key(x).mT).softmax(-1)
+        return self.head((weights @ x).mean(1)) * self.scale
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 2.0**-29])
+def test_rounding_that_is_flushed_to_zero_does_not_look_like_another_example(scale: float) -> None:
+    notes: list[str] = []
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(16, 12, 8, generator=generator), torch.arange(16) % 3
+    torch.set_flush_denormal(True)  # as the commands do
+    try:
+        fisher_diagonal(Attending(scale), [(x, y)], "softmax", note=notes.append)
+    finally:
+        torch.set_flush_denormal(False)
+    assert notes == []
