@@ -157,8 +157,8 @@ def fisher(
             all)
         accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32, float64.
         check: Verify per-example gradients on every batch, not only the first.
-        kernel: Square gradients in a kernel that is compiled for this processor, at the first use,
-            by its C compiler; faster on a CPU. The result is equal up to rounding.
+        kernel: Square gradients in a kernel that is compiled for this processor at the first use:
+            by the C compiler for a CPU, by Triton for CUDA. The result is equal up to rounding.
         structure: diagonal: a value for each weight. inputs: also a matrix over the inputs of each
             linear or convolutional layer, which the penalty then uses instead; it takes up to 4
             times the memory of the layer's weights. (default: that of the earlier tasks, else
@@ -412,8 +412,9 @@ def finetune(
         fisher_accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32,
             float64.
         fisher_check: Verify per-example gradients on every batch, not only the first.
-        fisher_kernel: Square gradients in a kernel that is compiled for this processor, at the
-            first use, by its C compiler; faster on a CPU. The result is equal up to rounding.
+        fisher_kernel: Square gradients in a kernel that is compiled for this processor at the first
+            use: by the C compiler for a CPU, by Triton for CUDA. The result is equal up to
+            rounding.
         no_fisher: Do not measure the new task's Fisher: the ledger lists the task as not measured.
             The next finetune can measure it with `measure`.
         measure: First measure the Fisher of the checkpoint's last task, which `no_fisher` left out,

@@ -245,11 +245,12 @@ def _remember(context: click.Context, option: click.Parameter, value: bool) -> b
 def _place_of_metrics(
     context: click.Context, option: click.Parameter, value: str | None
 ) -> Path | None:
-    from formats.atomic import check_file
+    from consolidate.views.metrics import is_metrics
+    from formats.atomic import check_own_file
 
     if value is None:
         return None
-    check_file(Path(value))  # before the work
+    check_own_file(Path(value), "a file of metrics", is_metrics)  # before the work
     return Path(value)
 
 

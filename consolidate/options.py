@@ -302,8 +302,8 @@ class Estimation:
     )
     kernel: bool = option(
         False,
-        "Square gradients in a kernel that is compiled for this processor, at the first use, by "
-        "its C compiler; faster on a CPU. The result is equal up to rounding.",
+        "Square gradients in a kernel that is compiled for this processor at the first use: by "
+        "the C compiler for a CPU, by Triton for CUDA. The result is equal up to rounding.",
         changes_result=False,
     )
 

@@ -192,6 +192,27 @@ def check_file(path: Path) -> None:
     _check_parent(path, place)
 
 
+def check_own_file(path: Path, kind: str, is_own: Callable[[str], bool]) -> None:
+    """Refuse, before the work, a file that could not be written, or whose content is another's.
+
+    Args:
+        path: It may exist.
+        kind: What the command writes, for the message.
+        is_own: Whether the text of an existing file is such a thing.
+    """
+    check_file(path)
+    if not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    if text.strip() and not is_own(text):
+        raise InputError(
+            f"{path} already exists and is not {kind}: choose another name, or remove it first"
+        )
+
+
 def has_content(target: Path) -> bool:
     """Return whether a folder exists and contains more than the files of this module."""
     return target.is_dir() and any(_is_content(entry.name) for entry in target.iterdir())

@@ -141,7 +141,8 @@ def open_hub(
     `name` may also be a local folder that `datasets.load_dataset` understands; `split` may be a
     slice such as `train[:1000]`, or None if there is only one; `subset` is also known as config.
     """
-    datasets = _import_datasets(name)
+    what = name if Path(name).exists() else f"{name} is no file or folder; as a dataset of the Hub"
+    datasets = _import_datasets(what)
     from formats.hub_errors import limit_waiting
 
     limit_waiting()

@@ -48,7 +48,8 @@ def check_options(options: FinetuneOptions) -> None:
         raise UsageError(f"--adam-betas {found}: expected two numbers, β₁ and β₂")
     if not free and ewc_lambda is None and options.search.budget is None:
         raise UsageError(
-            f"--penalty {penalty.penalty} needs --ewc-lambda: the strength has no default"
+            f"--penalty {penalty.penalty} needs --ewc-lambda: a number, or auto, which searches; "
+            "the strength has no default"
         )
     _check_measuring(options)
     if recipe.evaluate_every is not None and not options.gate.evaluate:

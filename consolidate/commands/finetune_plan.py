@@ -171,6 +171,7 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
         something_old = bool(old or evaluate.keys() - {opened.task} or base_has_fisher)
         statistics = default_statistics(options.penalty.penalty, old=something_old)
         recipe = replace(recipe, norm_statistics=statistics)
+    _note_strangers(evaluate, opened)
     validation, max_forgetting = dict(options.search.validation or {}), options.gate.max_forgetting
     search, interpolation = None, _plan_interpolation(options, opened)
     if is_search(options):
@@ -194,6 +195,19 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
             evaluate |= {name: validation[name] for name in old if name in validation}
         check_gate(plan.old_tasks, evaluate)
     return plan
+
+
+def _note_strangers(evaluate: Mapping[str, str | Path], opened: Opened) -> None:
+    """Log which test data are of no task of the ledger: nothing says what they had before."""
+    known = {*opened.old_tasks, opened.task}
+    found = [n for n, data in evaluate.items() if n not in known and benchmark_task(data) is None]
+    if opened.old_tasks and found:
+        LOG.info(
+            "--evaluate: %s: not in the ledger (%s): name test data by their task, as in %s=DATA",
+            ", ".join(found),
+            ", ".join(opened.old_tasks),
+            opened.old_tasks[0],
+        )
 
 
 def _check_structure(options: FinetuneOptions, opened: Opened) -> None:

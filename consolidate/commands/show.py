@@ -20,9 +20,15 @@ from consolidate.results import (
 )
 from consolidate.views.charts import check_picture, write_picture
 from consolidate.views.figures import TASKS, score_figures
-from consolidate.views.matrix import ledger_matrix, matrix_summary, means_text, write_matrix_csv
+from consolidate.views.matrix import (
+    is_matrix_csv,
+    ledger_matrix,
+    matrix_summary,
+    means_text,
+    write_matrix_csv,
+)
 from consolidate.views.summary import shown_task
-from formats.atomic import check_file
+from formats.atomic import check_own_file
 from formats.digest import TensorRecord, differences, set_digest
 from formats.errors import InputError, NetworkError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, in_one_line, read_fisher
@@ -53,7 +59,7 @@ def show(options: ShowOptions) -> ShowResult:
     """
     checkpoint, revision, top = options.checkpoint, options.revision, options.top
     if options.csv is not None:
-        check_file(Path(options.csv))
+        check_own_file(Path(options.csv), "an accuracy matrix", is_matrix_csv)
     if options.plot is not None:
         check_picture("--plot", Path(options.plot), (".png", ".svg"))
     folder, ledger, measured = _opened(checkpoint, revision)

@@ -31,7 +31,7 @@ from consolidate.estimation.input_blocks import InputBlock
 from consolidate.estimation.likelihoods import Likelihood, get_likelihood
 from consolidate.estimation.passes import PartialPass, Pass, Scores, where_in_data
 from consolidate.estimation.sharded_passes import ShardedPass
-from consolidate.estimation.squares_kernel import using_kernel
+from consolidate.estimation.squares_kernel import DEVICES, using_kernel
 from consolidate.runtime.distributed import place_in, rounds, summed
 from consolidate.runtime.randomness import uniforms
 from consolidate.runtime.shards import is_sharded
@@ -190,7 +190,7 @@ def fisher_diagonal(
     wanted = kernel and _has_kernel(model, sharded, accumulate_dtype, note)
     with (
         _measuring(model),
-        using_kernel(note) if wanted else nullcontext(),
+        using_kernel(place_of(model).device, note) if wanted else nullcontext(),
         closing(
             prepare(check=check, note=note, start=start, group=group, blocks=blocks)
         ) as measured,
@@ -319,11 +319,12 @@ def _has_kernel(
 ) -> bool:
     """Return whether there is a kernel for such a pass; otherwise say so."""
     device = place_of(model).device.type
-    if device == "cpu" and dtype == torch.float32 and not sharded:
+    if device in DEVICES and dtype == torch.float32 and not sharded:
         return True
     if note is not None:
         found = "a sharded model" if sharded else f"{str(dtype).removeprefix('torch.')} on {device}"
-        note(f"the kernel is for float32 on a CPU, not for {found}: continuing without it")
+        known = "float32 on a CPU or CUDA"
+        note(f"the kernel is for {known}, not for {found}: continuing without it")
     return False
 
 

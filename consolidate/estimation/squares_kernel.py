@@ -1,6 +1,6 @@
-"""Sums of squares of products by a kernel in C, `squares.c`, compiled when it is asked for.
+"""Sums of squares of products by a kernel that is made for the processor when it is asked for.
 
-It is in use within `using_kernel`, for float32 on the CPU.
+In C for a CPU, in Triton for CUDA. It is in use within `using_kernel`, for float32.
 """
 
 import ctypes
@@ -17,12 +17,13 @@ from torch.nn import functional
 from consolidate.runtime.compiler import CompilerError, compiled
 
 LONG = ctypes.c_long
+DEVICES = ("cpu", "cuda")
 BEHIND = 16  # floats behind what it reads, which it may read too
 WRONG = 1e-5  # difference from float64 above which it is not used, relative to the largest element
 SHAPES = ((37, 7, 30, 70), (3, 40, 30, 70), (2, 300, 30, 70))
 """Of what is compared when it is loaded: examples, positions, rows and columns of a gradient."""
 
-_kernel: ContextVar[ctypes.CDLL | None] = ContextVar("kernel", default=None)
+_device: ContextVar[str | None] = ContextVar("device", default=None)
 
 
 class _Seen(ctypes.Structure):
@@ -36,26 +37,27 @@ class _Seen(ctypes.Structure):
 
 
 @contextmanager
-def using_kernel(note: Callable[[str], None] | None) -> Iterator[None]:
-    """Use the kernel for a block; where it cannot be compiled or is wrong, say so and do not."""
-    token = _kernel.set(None)
+def using_kernel(device: torch.device, note: Callable[[str], None] | None) -> Iterator[None]:
+    """Use the kernel of a device for a block; where it fails or is wrong, say so and do not."""
+    token = _device.set(device.type)
     try:
         try:
-            _kernel.set(_compiled())
-            _verify()
-        except CompilerError as error:
-            _kernel.set(None)
+            _verify(device)
+        except Exception as error:  # Whatever a compiler raises.
+            _device.set(None)
             if note is not None:
-                note(f"the kernel cannot be used ({error}): continuing without it")
+                reason = str(error) if isinstance(error, CompilerError) else repr(error)
+                note(f"the kernel cannot be used ({reason}): continuing without it")
         yield
     finally:
-        _kernel.reset(token)
+        _device.reset(token)
 
 
 def fits(*tensors: Tensor) -> bool:
     """Return whether the kernel is in use, and takes these tensors."""
-    return _kernel.get() is not None and all(
-        tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors
+    device = _device.get()
+    return device is not None and all(
+        tensor.dtype == torch.float32 and tensor.device.type == device for tensor in tensors
     )
 
 
@@ -130,7 +132,7 @@ def add_squares_of_convolution(
 
 
 def _check(total: Tensor, g: Tensor, seen: tuple[int, int, int]) -> None:
-    """Refuse what would be read or written beside the tensors: C does not look.
+    """Refuse what would be read or written beside the tensors: a kernel does not look.
 
     Args:
         total: The sums.
@@ -143,12 +145,19 @@ def _check(total: Tensor, g: Tensor, seen: tuple[int, int, int]) -> None:
 
 
 def _add(total: Tensor, g: Tensor, a: Tensor, seen: _Seen, traces: Tensor) -> None:
-    kernel = _kernel.get()
-    assert kernel is not None
     assert fits(total, g, a)
+    if total.device.type == "cpu":
+        _add_in_c(total, g, a, seen, traces)
+    else:
+        from consolidate.estimation.squares_in_triton import add_squares
+
+        add_squares(total, g, a, tuple(getattr(seen, field[0]) for field in seen._fields_), traces)
+
+
+def _add_in_c(total: Tensor, g: Tensor, a: Tensor, seen: _Seen, traces: Tensor) -> None:
     threads = torch.get_num_threads()
     found = torch.where(traces < 0, -1.0, 0.0).double().repeat(threads, 1)
-    if kernel.add_squares(
+    if _compiled().add_squares(
         *(total.data_ptr(), total.stride(0), g.data_ptr(), (LONG * 3)(*g.stride()), a.data_ptr()),
         *(ctypes.byref(seen), len(g), *total.shape, found.data_ptr(), threads),
     ):
@@ -174,16 +183,17 @@ def _compiled() -> ctypes.CDLL:
     return library
 
 
-def _verify() -> None:
+def _verify(device: torch.device) -> None:
     """Compare the kernel with sums in float64: few positions and many, odd shapes, a convolution.
 
     Raises:
-        CompilerError: They differ.
+        CompilerError: They differ, or there is no kernel. Triton's compiler raises other errors.
     """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return numbers.to(device)
 
     for examples, positions, rows, columns in SHAPES:
         g, a = random(examples, rows, positions).mT, random(examples, positions, columns)

@@ -114,4 +114,6 @@ def _reason(error: Exception) -> str:
         lines = error.stderr.strip().splitlines()
         why = next((line for line in lines if "error:" in line), f"exit code {error.returncode}")
         return f"{error.cmd[0]}: {why}"
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} is not there; CC names the compiler"
     return str(error)

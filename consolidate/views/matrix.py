@@ -12,6 +12,8 @@ from consolidate.views.markdown import escaped, shown, table
 from formats.atomic import write_file
 from formats.fisher_json import Ledger, benchmarks_of
 
+FIRST_COLUMNS = ("training", "when")
+
 
 def matrix_summary(matrix: AccuracyMatrix) -> MatrixSummary:
     """Give the matrix, ACC, BWT, forgetting and the curves over steps, ready for JSON."""
@@ -38,7 +40,7 @@ def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     names, (start, *rows) = columns_and_rows(matrix_summary(matrix))
-    table.writerow(["training", "when", *names])
+    table.writerow([*FIRST_COLUMNS, *names])
     table.writerow([matrix.tasks[0], "before", *start])
     for task, scores in zip(matrix.tasks, rows, strict=True):
         for point in matrix.points:
@@ -47,6 +49,11 @@ def write_matrix_csv(path: str | Path, matrix: AccuracyMatrix) -> None:
                 table.writerow([task, f"step {point.step}", *found])
         table.writerow([task, "after", *scores])
     write_file(Path(path), text.getvalue())
+
+
+def is_matrix_csv(text: str) -> bool:
+    """Return whether a text begins as what `write_matrix_csv` writes."""
+    return text.startswith(",".join(FIRST_COLUMNS))
 
 
 def columns_and_rows(summary: MatrixSummary) -> tuple[list[str], list[list[float | None]]]:

@@ -82,5 +82,16 @@ def write_metrics(path: str | Path, metrics: Mapping[str, float]) -> None:
     write_file(Path(path), text + "\n")
 
 
+def is_metrics(text: str) -> bool:
+    """Return whether a text is one JSON object of numbers, as `write_metrics` writes it."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and all(
+        isinstance(value, int | float) for value in found.values()
+    )
+
+
 def _finite(numbers: Mapping[str, float | None]) -> dict[str, float]:
     return {k: value for k, value in numbers.items() if value is not None and math.isfinite(value)}

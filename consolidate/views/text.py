@@ -361,7 +361,7 @@ def search_text(search: LambdaSearch) -> str:
     """Format a search for λ as a table, with the λ selected, the rule and the cost."""
     lines = _with_outcomes(search_rows(search), 12, 6)
     rule = {
-        "best-mean": "the largest mean score",
+        "best-mean": "the largest mean score, and of equal ones the larger λ",
         "smallest": f"the smallest whose forgetting stays under {search['max_forgetting']}",
         "largest": f"the largest that keeps 95% of what {search['new_task']} gains",
     }[search["select"]]

@@ -93,10 +93,10 @@ the lower bound: a training pass without gradients of weights.{quick}
 
 {summary}
 
-*At most* and *aim* are the goals of this project, for two cores. *Wrong*: the result of N
-parameters differs by more than {wrong:g} from a batch-of-one loop in float64, so it is another
-quantity. *In part*: some parameters are missing. *Fails*: see [below](#what-fails). *None*: the
-tool has no such function.
+*At most* and *aim* are the goals of this project, for two cores; some are missed. *Wrong*: with
+everything in float64, the result of N parameters differs by more than {wrong:g} from a batch-of-one
+loop, so it is another quantity. *In part*: some parameters are missing. *Fails*: see
+[below](#what-fails). *None*: the tool has no such function.
 
 consolidate is timed in the middle of a pass. *With `--kernel`*, squares are computed by a kernel
 that is compiled for the processor; *at most* is for plain torch, *aim* with the kernel. *Structure

@@ -42,14 +42,14 @@ TEXT = """
 ## Correctness
 
 `tests/system/test_devices.py` with this device: the Fisher of every estimator, penalties, merging,
-training steps and evaluation, compared with the CPU.
+training steps and evaluation, compared with the CPU; and the Fisher with `--kernel`.
 
 {tests}
 
 ## Time
 
 Milliseconds of one batch in the middle of a pass, median of {rounds}: forward and backward; the
-Fisher; a step with AdamW, and the same with the penalty's gradient.
+Fisher, without and with `--kernel`; a step with AdamW, and the same with the penalty's gradient.
 
 {times}
 
@@ -103,6 +103,7 @@ def name_of(device: torch.device) -> str:
 def run_tests(device: str) -> Tests:
     """Run the tests that take a device."""
     words = ["pytest", "-p", "no:cacheprovider", "-n", "0", "tests/system/test_devices.py"]
+    words.append("tests/estimation/test_squares_kernel.py::test_another_device")
     done = subprocess.run(
         [sys.executable, "-m", *words],
         cwd=ROOT,
@@ -136,10 +137,18 @@ def time_workload(name: str, device: torch.device, quick: bool, rounds: int) -> 
     model: nn.Module = workload.make(quick).to(device)
     inputs, labels = (tensor.to(device) for tensor in workload.batch(quick))
 
-    def fisher(batches: int) -> None:
+    def fisher(batches: int, kernel: bool) -> None:
         consolidate.fisher_diagonal(
-            model.eval(), [(inputs, labels)] * batches, workload.likelihood, estimator="empirical"
+            model.eval(),
+            [(inputs, labels)] * batches,
+            workload.likelihood,
+            estimator="empirical",
+            kernel=kernel,
         )
+
+    def batch_of_fisher(kernel: bool) -> float:
+        many = seconds(lambda: fisher(MANY, kernel))
+        return (many - seconds(lambda: fisher(FEW, kernel))) / (MANY - FEW)
 
     measured = fisher_of(model)
     penalty = consolidate.Penalty(model, measured, ewc_lambda=1.0)
@@ -158,13 +167,17 @@ def time_workload(name: str, device: torch.device, quick: bool, rounds: int) -> 
     ]
     for work, _ in works:
         work()
-    fisher(FEW)
+    for kernel in (False, True):
+        fisher(FEW, kernel)
     plain, stepped, penalized = (
         1000 * statistics.median(seconds(work) for _ in range(rounds)) for work, _ in works
     )
-    passes = [seconds(lambda: fisher(MANY)) - seconds(lambda: fisher(FEW)) for _ in range(rounds)]
-    squares = 1000 * statistics.median(passes) / (MANY - FEW)
-    row = (plain, squares, squares / plain, stepped, penalized, penalized / stepped)
+    turns = [[batch_of_fisher(kernel) for kernel in (False, True)] for _ in range(rounds)]
+    squares, by_kernel = (1000 * statistics.median(times) for times in zip(*turns, strict=True))
+    row = (
+        *(plain, squares, squares / plain, by_kernel, by_kernel / plain),
+        *(stepped, penalized, penalized / stepped),
+    )
     return [workload.title, *(f"{value:.2f}" for value in row)]
 
 
@@ -247,7 +260,8 @@ def main() -> int:
     names = NAMES[:1] if options.quick else NAMES
     rows = [time_workload(name, device, options.quick, rounds) for name in names]
     table, parameters, steps, same = tune_everywhere(chosen, options.quick)
-    header = ["", "forward + backward", "Fisher", "ratio", "step", "with the penalty", "ratio"]
+    header = ["", "forward + backward", "Fisher", "ratio", "with `--kernel`", "ratio"]
+    header += ["step", "with the penalty", "ratio"]
     text = TEXT.format(
         name=name_of(device),
         device=chosen,

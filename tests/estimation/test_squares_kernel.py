@@ -15,6 +15,7 @@ from formats.errors import UsageError
 from support.elsewhere import second_device
 from support.modules import assert_close, cut, tiny
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler"
 )
@@ -77,7 +78,7 @@ def test_sums_and_traces(examples, positions, rows, columns, layout):
     expected = total + squares.sum(0)
     traces = torch.full((examples,), -1.0)
     traces[::2] = 0.5
-    with using_kernel(fail):
+    with using_kernel(CPU, fail):
         add_squares(total, g, a, traces)
     torch.testing.assert_close(total.double(), expected, rtol=2e-6, atol=2e-6 * expected.max())
     measured = 0.5 + squares.sum((1, 2))[::2]
@@ -153,7 +154,7 @@ def test_transformers(name):
 
 def test_it_is_in_use_for_the_block_alone():
     one = torch.ones(1, 1)
-    with using_kernel(fail):
+    with using_kernel(CPU, fail):
         assert squares_kernel.fits(one)
         assert not squares_kernel.fits(one, one.double())
         assert not squares_kernel.fits(one.to("meta"))
@@ -162,7 +163,7 @@ def test_it_is_in_use_for_the_block_alone():
 
 def test_another_thread_does_not_use_it():
     found: list[bool] = []
-    with using_kernel(fail):
+    with using_kernel(CPU, fail):
         other = threading.Thread(target=lambda: found.append(squares_kernel.fits(torch.ones(1))))
         other.start()
         other.join()
@@ -174,7 +175,7 @@ def test_torchs_default_dtype_does_not_matter(dtype):
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        with using_kernel(fail):
+        with using_kernel(CPU, fail):
             assert squares_kernel.fits(torch.ones(1, dtype=torch.float32))
     finally:
         torch.set_default_dtype(before)
@@ -191,14 +192,14 @@ def test_torchs_default_dtype_does_not_matter(dtype):
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(total, g, a):
-    with using_kernel(fail), pytest.raises(RuntimeError, match="of sums"):
+    with using_kernel(CPU, fail), pytest.raises(RuntimeError, match="of sums"):
         add_squares(torch.zeros(total), torch.ones(g), torch.ones(a), torch.zeros(g[0]))
 
 
 def test_more_positions_than_a_convolution_has_are_refused():
     sums, g, a = torch.zeros(2, 9), torch.ones(1, 16, 2), torch.ones(1, 1, 5, 6)
     shape = {"grid": (4, 4), "kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1)}
-    with using_kernel(fail), pytest.raises(RuntimeError, match=r"4, 4.*do not fit into 5 × 6"):
+    with using_kernel(CPU, fail), pytest.raises(RuntimeError, match=r"4, 4.*do not fit into 5 × 6"):
         squares_kernel.add_squares_of_convolution(sums, g, a, torch.zeros(1), zeros=(), **shape)
 
 
@@ -228,8 +229,8 @@ def test_a_missing_compiler_leaves_a_line_and_the_plain_path(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     found = measured(model, batches, kernel=True, note=notes.append)
     (note,) = notes
-    assert note.startswith("the kernel cannot be used (")
-    assert note.endswith("'no-such-compiler'): continuing without it")
+    why = "no-such-compiler is not there; CC names the compiler"
+    assert note == f"the kernel cannot be used ({why}): continuing without it"
     assert_plain(found, model, batches)
 
 
@@ -256,7 +257,7 @@ def test_a_wrong_kernel_leaves_a_line_and_the_plain_path(monkeypatch, right, wro
 
 def test_the_first_batch_guards_it_too(monkeypatch):
     change(monkeypatch, "AT(row) += c[r][0] * c[r][0];", "AT(row) += c[r][0];")
-    monkeypatch.setattr(squares_kernel, "_verify", lambda: None)
+    monkeypatch.setattr(squares_kernel, "_verify", lambda device: None)
     model, batches = MODELS["plain"]()
     notes: list[str] = []
     found = measured(model, batches, kernel=True, note=notes.append)
@@ -267,7 +268,7 @@ def test_the_first_batch_guards_it_too(monkeypatch):
 
 def test_memory_that_runs_out_splits_the_batch(monkeypatch):
     change(monkeypatch, "if (!packed_a)", "if (free(0), examples > 2)")
-    monkeypatch.setattr(squares_kernel, "_verify", lambda: None)
+    monkeypatch.setattr(squares_kernel, "_verify", lambda device: None)
     model, batches = MODELS["plain"]()
     notes: list[str] = []
     found = measured(model, batches, kernel=True, note=notes.append)
@@ -285,14 +286,30 @@ def test_float64_is_not_for_it():
     model, batches = MODELS["plain"]()
     notes: list[str] = []
     measured(model, batches, kernel=True, accumulate_dtype=torch.float64, note=notes.append)
-    expected = "the kernel is for float32 on a CPU, not for float64 on cpu: continuing without it"
-    assert notes == [expected]
+    expected = "the kernel is for float32 on a CPU or CUDA, not for float64 on cpu: "
+    assert notes == [expected + "continuing without it"]
 
 
-def test_another_device_is_not_for_it(monkeypatch):
+def test_another_device(monkeypatch):
+    """CUDA has a kernel of its own, others have none."""
     model, batches = MODELS["plain"]()
     notes: list[str] = []
+    expected = measured(model, batches)
     with second_device(monkeypatch) as device:
         there = [(x.to(device), y.to(device)) for x, y in batches]
-        measured(model.to(device), there, kernel=True, note=notes.append)
-    assert f"not for float32 on {device.type}" in notes[0]
+        found = measured(model.to(device), there, kernel=True, note=notes.append)
+        assert_close({name: value.cpu() for name, value in found.items()}, expected, 1e-4)
+    if device.type in squares_kernel.DEVICES:
+        assert notes == []
+    else:
+        assert f"not for float32 on {device.type}" in notes[0]
+
+
+def test_a_kernel_that_fails_leaves_a_line(monkeypatch):
+    """As Triton's does where it is missing, or has no device."""
+    monkeypatch.setattr(squares_kernel, "_add", lambda *_: {}["no device"])
+    notes: list[str] = []
+    model, batches = MODELS["plain"]()
+    found = measured(model, batches, kernel=True, note=notes.append)
+    assert notes == ["the kernel cannot be used (KeyError('no device')): continuing without it"]
+    assert_plain(found, model, batches)

@@ -270,8 +270,9 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     dataset(0, 2).save_to_disk(tmp_path / "saved")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for spec in (tmp_path / "saved", "user/name"):
-        with pytest.raises(UsageError, match=r"consolidate-ewc\[datasets\]"):
+        with pytest.raises(UsageError, match=r"consolidate-ewc\[datasets\]") as caught:
             open_data(spec)
+    assert str(caught.value).startswith("user/name is no file or folder; as a dataset of the Hub:")
 
 
 def test_a_hub_that_does_not_answer_is_a_network_error(unreachable):

@@ -115,7 +115,12 @@ def test_what_cannot_be_written_is_refused_before(
         show(folder, csv=tmp_path / "file" / "r.csv")
     with pytest.raises(InputError, match="is a folder; name a file"):
         show(folder, csv=tmp_path)
-    show(folder, csv=tmp_path / "none" / "r.csv")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\ngood,1\n")
+    with pytest.raises(InputError, match="already exists and is not an accuracy matrix"):
+        show(folder, csv=rows)
+    for _ in range(2):  # its own is replaced
+        show(folder, csv=tmp_path / "none" / "r.csv")
     assert (tmp_path / "none" / "r.csv").exists()
     monkeypatch.setattr("consolidate.views.charts.find_spec", lambda name: None)
     for name in ("r.png", "r.svg"):

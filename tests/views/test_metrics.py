@@ -36,13 +36,15 @@ def test_the_numbers_of_a_chain_and_of_the_run_that_fails_the_gate(
     words = ("finetune", network_checkpoint, "--data", a, "--output-dir", first, *common)
     code, _, err = run(capsys, *words)
     assert code == 0, err
+    assert "not in the ledger" not in err
     alone = read(file)
     assert alone["acc"] == alone["a.accuracy"] == alone["a.score"]
     assert not any("forgetting" in name or name == "bwt" for name in alone)
 
     words = ("finetune", first, "--data", b, "--output-dir", out, *common)
-    code, text, _ = run(capsys, *words, "--max-forgetting", 0.03, "--json")
+    code, text, err = run(capsys, *words, "--max-forgetting", 0.03, "--json")
     assert code == 5
+    assert "--evaluate: v1.0: not in the ledger (a): name test data by their task, as in a=" in err
     result, numbers = json.loads(text), read(file)
     lost = alone["a.accuracy"] - numbers["a.accuracy"]
     assert lost > 0.03
@@ -123,3 +125,27 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     no_model = ("finetune", network_checkpoint, "--data", write_task("a"), "--output-dir", "out")
     code, _, err = run(capsys, *no_model, "--metrics", tmp_path)
     assert (code, err) == (InputError.exit_code, f"error: {tmp_path} is a folder; name a file\n")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"text": "good", "label": "bad"}\n{"text": "x"}\n', "[1]", "\xff"]
+)
+def test_a_file_of_another_kind_is_not_replaced(
+    capsys: pytest.CaptureFixture[str],
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    text: str,
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(text, encoding="latin-1")
+    words = ("evaluate", network_checkpoint, "--data", f"a={write_task('a')}", *MODEL)
+    code, _, err = run(capsys, *words, "--metrics", rows)
+    expected = (
+        "already exists and is not a file of metrics: choose another name, or remove it first"
+    )
+    assert (code, err) == (InputError.exit_code, f"error: {rows} {expected}\n")
+    assert rows.read_text(encoding="latin-1") == text
+    write_metrics(rows, {"a": 1})
+    assert run(capsys, *words, "--metrics", rows)[0] == 0
+    assert "a.accuracy" in read(rows)

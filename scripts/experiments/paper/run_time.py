@@ -62,9 +62,10 @@ Examples: an MLP 784–400–400–10 in batches of {images}, and a BERT of 2 la
 {texts} texts of {tokens} tokens. Parameters: the MLP's width at {batches} batches of {wide_images},
 and the width of a BERT of 4 layers at {batches} batches of {wide_texts} texts. Both are random. A
 pass of the Fisher compares its first batch with single examples. Against examples that is a fixed
-cost, which lowers the exponent; where there are {batches} batches only it raises the ratio above
-all (of longer passes there [is a page](../fisher.md)). Small matrices are multiplied at a lower
-rate than large ones, which lowers both exponents against parameters.
+cost, which lowers the exponent; where there are {batches} batches only it raises the ratio. The
+cost of calls, which is most of a pass of small matrices such as those of the BERT against examples,
+also raises the ratio, and lowers the exponents of a BERT against parameters. Longer passes of
+larger networks [have a page](../fisher.md).
 """
 
 
