@@ -1,7 +1,6 @@
 """The kernel of squares in Triton, compiled at the first use: for float32 on a CUDA device."""
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -47,18 +46,18 @@ def _places(fields: tuple[int, ...], columns: int, device: torch.device) -> tupl
 
 @triton.jit
 def _squares(
-    total: Any,
-    next_row: Any,
-    g: Any,
-    a: Any,
-    next_example: Any,
-    places: Any,
-    offsets: Any,
-    traces: Any,
-    examples: Any,
-    positions: Any,
-    rows: Any,
-    columns: Any,
+    total: tl.tensor,
+    next_row: tl.tensor,
+    g: tl.tensor,
+    a: tl.tensor,
+    next_example: tl.tensor,
+    places: tl.tensor,
+    offsets: tl.tensor,
+    traces: tl.tensor,
+    examples: tl.tensor,
+    positions: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
 ) -> None:
     """Square a tile of each example's gradient, (HIGH, WIDE), and add it to the sums."""
     tile = tl.program_id(0)

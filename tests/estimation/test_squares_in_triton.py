@@ -1,7 +1,10 @@
 """The kernel for CUDA, by Triton's interpreter on the CPU."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,3 +139,25 @@ def test_the_first_batch_guards_it_too(monkeypatch):
     found = measured(model, batches, kernel=True, note=notes.append)
     assert any("by rule, the gradients of 0 differ from single examples" in n for n in notes)
     assert_close(found, measured(model, batches), 1e-4)
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from consolidate.estimation.squares_in_triton import _squares
+kinds = ["*fp32", "i32", "*fp32", "*fp32", "i64", "*i64", "*i64", "*fp32", *4 * ["i32"]]
+source = ASTSource(_squares, dict(zip(_squares.arg_names, kinds, strict=True)))
+made = compile(source, target=GPUTarget("cuda", {}, 32)).asm
+assert len(made["cubin"]) and "mma" not in made["ptx"]  # which would round the factors
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_it_compiles_for_cuda(tmp_path: Path, capability: int) -> None:
+    """The interpreter accepts what the compiler refuses."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    del env["TRITON_INTERPRET"]
+    words = [sys.executable, "-c", COMPILE.format(capability)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
