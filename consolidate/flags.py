@@ -245,11 +245,11 @@ def _remember(context: click.Context, option: click.Parameter, value: bool) -> b
 def _place_of_metrics(
     context: click.Context, option: click.Parameter, value: str | None
 ) -> Path | None:
+    if value is None or context.resilient_parsing:  # as when the shell completes a word
+        return None
     from consolidate.views.metrics import is_metrics
     from formats.atomic import check_own_file
 
-    if value is None:
-        return None
     check_own_file(Path(value), "a file of metrics", is_metrics)  # before the work
     return Path(value)
 

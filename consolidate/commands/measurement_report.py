@@ -73,7 +73,7 @@ def log_notes(
     slow = [name for name, method in diagonal.methods.items() if method == "loop"]
     if slow and diagonal.examples > 1:
         LOG.info(
-            "measured one example at a time, which is slow: %d of %d parameters, %s",
+            "measured one example at a time, which is slow: %d of %d parameters: %s",
             len(slow),
             len(diagonal.methods),
             few(slow, 3),

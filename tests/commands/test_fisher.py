@@ -53,7 +53,8 @@ def test_a_note_names_three_parameters_and_counts_the_others(
     examples: Any = SimpleNamespace(notes_on=lambda used: [])
     measurement_report.log_notes(model, examples, diagonal, [])
     slow, zero = caplog.messages
-    assert slow.endswith("which is slow: layer.0, layer.1, layer.2 and 54 more")
+    many = "57 of 57 parameters: layer.0, layer.1, layer.2 and 54 more"
+    assert slow == f"measured one example at a time, which is slow: {many}"
     assert zero.endswith("on them: layer.57, layer.58, layer.59")
 
 
