@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 from consolidate.estimation import squares_in_triton, squares_kernel
 from consolidate.estimation.fisher_diagonal import FisherDiagonal, fisher_diagonal
-from consolidate.estimation.squares_kernel import add_squares, using_kernel
 from support.modules import assert_close, cut, tiny
+from support.squares import check_sums_and_traces
 
 
 @pytest.fixture(autouse=True)
@@ -44,23 +44,7 @@ def fail(text: str) -> None:
     [(1, 1, 1, 1), (3, 5, 7, 9), (4, 16, 64, 100), (2, 33, 70, 3), (2, 65, 130, 129)],
 )
 def test_sums_and_traces(examples, positions, rows, columns, layout):
-    generator = torch.Generator().manual_seed(0)
-    g = torch.randn(examples, positions, 2 * rows, generator=generator)
-    g = g[..., ::2] if layout == "apart" else g[..., :rows]
-    g = g.mT.contiguous().mT if layout == "positions" else g
-    a = torch.randn(examples, columns, positions, generator=generator).mT
-    a = a if layout == "apart" else a.contiguous()
-    total = torch.rand(rows, columns + 3, generator=generator)[:, :columns]
-    squares = (g.double().mT @ a.double()).square()
-    expected = total + squares.sum(0)
-    traces = torch.full((examples,), -1.0)
-    traces[::2] = 0.5
-    with using_kernel(torch.device("cpu"), fail):
-        add_squares(total, g, a, traces)
-    torch.testing.assert_close(total.double(), expected, rtol=2e-6, atol=2e-6 * expected.max())
-    measured = 0.5 + squares.sum((1, 2))[::2]
-    torch.testing.assert_close(traces[::2].double(), measured, rtol=1e-6, atol=0)
-    assert (traces[1::2] == -1).all()
+    check_sums_and_traces(examples, positions, rows, columns, layout)
 
 
 def convolved(layer: nn.Module, *shape: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
