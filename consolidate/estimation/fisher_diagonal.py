@@ -145,9 +145,9 @@ def fisher_diagonal(
         progress: Called after each batch with the number of its examples.
         check: Whether every batch is verified against single examples and autograd, not only the
             first.
-        kernel: Whether squares are computed in a kernel in C, compiled for this processor at its
-            first use and kept in the user's cache; for float32 on a CPU. Where that fails, `note`
-            says so, and the pass continues without it.
+        kernel: Whether squares are computed in a kernel that is compiled for this processor at its
+            first use, for float32: in C for a CPU, kept in the user's cache, or in Triton for CUDA.
+            Where that fails, `note` says so, and the pass continues without it.
         tolerance: End the pass once each of the `relative_errors` is at most this, after at least
             LEAST_EXAMPLES; the batches should come in random order.
         tolerance_every: Compare with the tolerance after this many batches of each process. Within
