@@ -278,9 +278,13 @@ def parse_ledger(data: bytes, source: str = "fisher.json") -> Ledger:
     try:
         return _to_ledger(strict_json(data), source)
     except RecursionError:
-        raise InputError(f"{source} is not a ledger: the JSON is nested too deeply") from None
+        found = "the JSON is nested too deeply"
     except ValueError as error:
-        raise InputError(f"{source} is not a ledger: {error}") from None
+        found = str(error)
+    raise InputError(
+        f"{source} is not a ledger: {found}; fetch it again, or measure the Fisher again with "
+        "`consolidate fisher`"
+    )
 
 
 def read_ledger(path: Path) -> Ledger:

@@ -152,8 +152,21 @@ def check_labels(rows: Rows, model: Model, columns: Columns, *, remedy: str = NE
     stated = rows.label_names(label_column(rows, columns, model.objective.name))
     if stated is not None and model.labels is None and len(stated) == len(known):
         return  # classes in the data's order, which encoding reports
+    refuse_lacking(rows, model.objective.name, columns, found, known, remedy=remedy)
+
+
+def refuse_lacking(
+    rows: Rows,
+    objective: str,
+    columns: Columns,
+    found: Sequence[str],
+    known: Sequence[str],
+    *,
+    remedy: str = NEW_LABELS,
+) -> None:
+    """Refuse data with labels, found by name, that are not among the known ones."""
     if lacking := lacking_labels(found, known):
-        first = place_of_label(rows, model.objective.name, columns, lacking)
+        first = place_of_label(rows, objective, columns, lacking)
         raise InputError(
             f"{first}: the model lacks the labels {few(lacking, 20)}: expected some of "
             f"{few(known, 20)}, found {few(found, 20)}: {remedy}"

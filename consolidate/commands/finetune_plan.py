@@ -31,6 +31,7 @@ from consolidate.commands.generation_options import TASK
 from consolidate.data.columns import columns_of
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import Lora
+from consolidate.models.objectives import settled_objective
 from consolidate.options import Columns, FinetuneOptions, Recipe
 from consolidate.training.forgetting import check_compared, check_gate
 from consolidate.training.loop import default_statistics
@@ -323,11 +324,8 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
     objective = asked_source.objective
     to_measure = () if penalty.protect_self is None else (TASK,)
     if protecting is None and kind == "ewc" and not to_measure:
-        if asked_source.model is None and objective and lacks_head(source, objective):
-            raise InputError(
-                f"{where[0]} has no head for {objective} yet: train a first task with "
-                "--penalty none"
-            )
+        if asked_source.model is None:
+            _check_head(source, objective)
         itself = ""
         if _generates(source):
             itself = ", or measure it on texts it generates with --protect-self N"
@@ -353,6 +351,20 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         structure=settled_structure(options.curvature.structure, before or protecting),
         to_measure=to_measure,
     )
+
+
+def _check_head(source: Checkpoint, objective: str | None) -> None:
+    """Refuse a model of transformers without a head, such as a bare encoder."""
+    kind = (source.config.get("architectures") or [None])[0]
+    if objective is not None and lacks_head(source, objective):
+        raise InputError(
+            f"{source.path} has no head for {objective} yet: train a first task with --penalty none"
+        )
+    if objective is None and kind and settled_objective(source.config) is None:
+        raise InputError(
+            f"{source.path} is a {kind}, which has no head for a task yet: train a first task with "
+            "--penalty none --objective NAME"
+        )
 
 
 def _generates(source: Checkpoint) -> bool:

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,6 +26,7 @@ from consolidate.commands.finetune_options import check_options
 from consolidate.commands.finetune_plan import plan_finetune
 from consolidate.commands.fisher import fisher
 from consolidate.commands.fisher_plan import plan_fisher
+from consolidate.commands.run_labels import check_labels_of_run
 from consolidate.commands.run_options import (
     OF_COMMAND,
     OPTIONS,
@@ -126,6 +127,8 @@ def _run(run_file: RunFile, output: Path, *, dry_run: bool, restart: bool) -> Ru
                 f"{step.target} already exists and was not made by `consolidate run`: move it "
                 "away, or choose another output folder"
             )
+    if start is not None:
+        _check_labels(run_file, start, steps)
     content_of = cache(data_content)
     wanted = {step.name: _asked(step, content_of) for step in steps}  # opens all data
     done: list[RunStep] = []
@@ -170,7 +173,7 @@ def _check_data(run_file: RunFile) -> None:
     where = run_file.path
     places = {f"{where}, [evaluate], {name}": data for name, data in run_file.evaluate.items()}
     for number, task in enumerate(run_file.tasks, 1):
-        at = f"{where}, task {number} ({task.name})"
+        at = _place(run_file, number)
         places |= {f"{at}: data": task.data, f"{at}: evaluate": task.evaluate or ""}
     for place, data in places.items():
         with _located(place):
@@ -178,6 +181,24 @@ def _check_data(run_file: RunFile) -> None:
                 benchmark_content(data)  # refuses what is not there
             elif data and _is_missing(data):
                 open_task(data)  # refuses it, with the names that are near
+
+
+def _check_labels(run_file: RunFile, start: Path, steps: Sequence[Step]) -> None:
+    """Refuse labels that a head will lack before the first task is trained."""
+    source = open_checkpoint(start)
+    if source.adapter is not None:
+        return  # its config has no labels
+    tasks = {
+        _place(run_file, number): step.makes
+        for number, step in enumerate(steps, 1)  # with a start, a step is a task
+        if isinstance(step.makes, FinetuneOptions)
+    }
+    check_labels_of_run(source, tasks, _located)
+
+
+def _place(run_file: RunFile, number: int) -> str:
+    """Name the place of a task, counted from 1, in its run file."""
+    return f"{run_file.path}, task {number} ({run_file.tasks[number - 1].name})"
 
 
 def _is_missing(data: str) -> bool:
@@ -203,7 +224,7 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
     tests = {task.name: task.evaluate for task in run_file.tasks if task.evaluate is not None}
     seen: list[str] = []
     for number, task in enumerate(run_file.tasks, 1):
-        at = f"{where}, task {number} ({task.name})"
+        at = _place(run_file, number)
         with _located(at):
             own = read_options(task.options, folder)
         seen.append(task.name)
@@ -323,7 +344,7 @@ def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
     """Say why a step has to be done; None if it is up to date."""
     record = read_step_record(step.record)
     if record is None:
-        return "new"
+        return "not made yet"
     if record.made is None:
         return "not finished"
     changed = [changes(record.made_from, described)]

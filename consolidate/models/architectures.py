@@ -66,6 +66,18 @@ def declared_class(config: Any) -> str:
     return str((getattr(config, "architectures", None) or [""])[0])
 
 
+def labels_of_config(config: Mapping[str, Any]) -> list[str] | None:
+    """Return the names of the labels in a ``config.json``; None if it has none."""
+    names = config.get("id2label")
+    if names is None and isinstance(stated := config.get("label_names"), list):  # timm's key
+        return [str(name) for name in stated]
+    if not isinstance(names, Mapping) or names.keys() != set(map(str, range(len(names)))):
+        return None
+    labels = [str(names[str(i)]) for i in range(len(names))]
+    # transformers fills these in where there are no names.
+    return None if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
+
+
 def relabelled(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return a config with the labels of another head; without names it has one output."""
     names = names or ["LABEL_0"]

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from consolidate.estimation.gradient_checkpointing import enable
-from consolidate.models.architectures import architectures, declared_class, new_head
+from consolidate.models.architectures import (
+    architectures,
+    declared_class,
+    labels_of_config,
+    new_head,
+)
 from consolidate.models.factories import make_module
 from consolidate.models.layout import Layout
 from consolidate.models.model import Model, freeze_parameters, layout_of
@@ -106,7 +111,7 @@ def _from_factory(
             own[name].data = tensor
     if dtype is not None:
         module.to(dtype)
-    labels = None if objective.name == "regression" else _label_names(checkpoint.config)
+    labels = None if objective.name == "regression" else labels_of_config(checkpoint.config)
     return Model(module, checkpoint, objective, labels, None, layout)
 
 
@@ -174,7 +179,7 @@ def _from_transformers(
             notes.append(f"new head, seed {seed}: {', '.join(layout.fresh)}")
         processor = _processor(checkpoint, objective)
     _settle_config(module.config, objective, processor)
-    labels = _label_names(checkpoint.config | changes) if objective.has_labels else None
+    labels = labels_of_config(checkpoint.config | changes) if objective.has_labels else None
     return Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
 
 
@@ -350,17 +355,6 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
     except Exception as error:
         what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
         raise InputError(f"{folder}: the {what} cannot be loaded: {first_line(error)}") from error
-
-
-def _label_names(config: Mapping[str, Any]) -> list[str] | None:
-    names = config.get("id2label")
-    if names is None and isinstance(stated := config.get("label_names"), list):  # timm's key
-        return [str(name) for name in stated]
-    if not isinstance(names, Mapping) or names.keys() != set(map(str, range(len(names)))):
-        return None
-    labels = [str(names[str(i)]) for i in range(len(names))]
-    # transformers fills these in where there are no names.
-    return None if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
 
 
 def _some(names: Sequence[str]) -> str:

@@ -151,3 +151,11 @@ def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
         f"{', '.join(OBJECTIVES)}, or name a model unknown to transformers with --model "
         "package.module:factory"
     )
+
+
+def settled_objective(config: Mapping[str, Any], factory: bool = False) -> str | None:
+    """Return the name of the objective that a ``config.json`` determines; None if it does not."""
+    try:
+        return default_objective(config, factory).name
+    except InputError:
+        return None

@@ -175,6 +175,28 @@ def test_without_a_fisher_ewc_says_how_to_get_one(train: Train, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "is a BertModel, which has no head for a task yet: .*--penalty none --objective NAME"),
+        ({"objective": "sequence-classification"}, "no head for sequence-classification yet: "),
+    ],
+)
+def test_a_bare_encoder_is_sent_to_a_first_task(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    start = tiny_models.save(
+        tmp_path / "start",
+        transformers.BertModel,
+        tiny_models.bert_config(),
+        tiny_models.word_tokenizer(),
+    )
+    data = tmp_path / "new.jsonl"
+    data.write_text('{"text": "the cat", "label": "yes"}\n{"text": "a dog", "label": "no"}\n')
+    with pytest.raises(InputError, match=message):
+        consolidate.finetune(start, data, output_dir=tmp_path / "out", ewc_lambda=1.0, **options)
+
+
 def test_a_fisher_from_elsewhere(
     train: Train, network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:

@@ -376,6 +376,68 @@ def test_tiny_bert_from_a_measured_start(tmp_path: Path) -> None:
     assert reasons(again)["01-cats"] == "changed: checkpoint it starts from"
 
 
+def pet_texts(path: Path, *labels: str) -> None:
+    rows = [
+        {"text": text, "label": labels[i % len(labels)]}
+        for i, text in enumerate(tiny_models.CORPUS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("start", "heads", "refused"),
+    [
+        ("classifier", ("keep", "keep"), True),
+        ("classifier", ("extend", "keep"), True),
+        ("classifier", ("new", "keep"), True),
+        ("classifier", ("keep", "extend"), False),
+        ("classifier", ("keep", "new"), False),
+        ("bare", ("keep", "keep"), True),
+        ("bare", ("keep", "new"), False),
+        ("numbered", ("keep", "keep"), False),  # without names it is found when its turn comes
+    ],
+)
+def test_labels_that_a_later_head_lacks_are_refused_before_any_training(
+    tmp_path: Path, start: str, heads: tuple[str, str], refused: bool
+) -> None:
+    named = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    config = tiny_models.bert_config(**(named if start == "classifier" else {}))
+    kind = "BertModel" if start == "bare" else "BertForSequenceClassification"
+    model = getattr(transformers, kind)
+    tiny_models.save(tmp_path / "start", model, config, tiny_models.word_tokenizer())
+    pet_texts(tmp_path / "cats.jsonl", "no", "yes")
+    pet_texts(tmp_path / "dogs.jsonl", "no", "perhaps")
+    (tmp_path / "tasks.toml").write_text(
+        f"""
+        start = "start"
+        output-dir = "out"
+
+        [defaults]
+        objective = "sequence-classification"
+        ewc-lambda = 10
+        max-steps = 1
+
+        [[task]]
+        name = "cats"
+        data = "cats.jsonl"
+        head = "{heads[0]}"
+
+        [[task]]
+        name = "dogs"
+        data = "dogs.jsonl"
+        head = "{heads[1]}"
+        """
+    )
+    if not refused:
+        assert consolidate.run(tmp_path / "tasks.toml", dry_run=True)["status"] == "dry run"
+        return
+    with pytest.raises(
+        InputError, match=r"task 2 \(dogs\): .*lacks the labels perhaps.*--head new"
+    ):
+        consolidate.run(tmp_path / "tasks.toml")
+    assert not (tmp_path / "out" / "01-cats").exists()
+
+
 def test_a_start_with_a_fisher_and_test_data_of_its_own_task(
     tasks: Path, tmp_path: Path, network_checkpoint: Path, write_task: Write
 ) -> None:
@@ -488,7 +550,7 @@ def test_a_dry_run_lists_a_finished_step_once(
 def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text, err = run_cli(capsys, "run", tasks, "--dry-run")
     assert (code, err) == (0, "")
-    assert "01-a  to be done: new\n" in text
+    assert "01-a  to be done: not made yet\n" in text
     assert text.endswith("Dry run: nothing was done.\n")
     code, text, err = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other")
     assert code == 0

@@ -1,7 +1,12 @@
 import pytest
 
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.models.objectives import OBJECTIVES, default_objective, get_objective
+from consolidate.models.objectives import (
+    OBJECTIVES,
+    default_objective,
+    get_objective,
+    settled_objective,
+)
 from formats.errors import InputError, UsageError
 
 
@@ -92,3 +97,9 @@ def test_own_modules_take_tensors() -> None:
         get_objective("classification")
     with pytest.raises(UsageError, match="did you mean causal-lm"):
         get_objective("causal_lm")
+
+
+def test_a_config_settles_an_objective_or_none() -> None:
+    assert settled_objective({"architectures": ["GPT2LMHeadModel"]}) == "causal-lm"
+    assert settled_objective({"architectures": ["BertModel"]}) is None
+    assert settled_objective({}, factory=True) == "classification"

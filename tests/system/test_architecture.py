@@ -30,6 +30,7 @@ TESTED_THROUGH = {
     "commands/test_finetune": "commands.finetune_options commands.finetune_output"
     " commands.finetune_penalty commands.finetune_plan commands.finetune_run"
     " commands.finetune_start commands.finetune_weights",
+    "commands/test_run": "commands.run_labels",
     "commands/test_unmeasured": "chain.elsewhere",
     "commands/test_compare_none": "commands.finetune_compare",
     "commands/test_replay": "data.replay",
