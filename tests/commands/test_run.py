@@ -554,7 +554,7 @@ def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert text.endswith("Dry run: nothing was done.\n")
     code, text, err = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other")
     assert code == 0
-    assert "02-b, step 3 of 4: new" in err
+    assert "02-b, step 3 of 4: not made yet" in err
     assert "after \\ on       a       b       c" in text
     assert text.endswith(f"last checkpoint: {tmp_path / 'other' / '03-c'}\n")
     code, text, _ = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other")
