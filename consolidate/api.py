@@ -439,8 +439,8 @@ def finetune(
         evaluate: Evaluate before training, after each epoch and at the end, with the head of task
             NAME if any. DATA may be lm-eval:TASK.
         max_forgetting: Exit with code 5 and save the output as DIR.failed-forgetting if an old task
-            in `evaluate`, or a benchmark, loses more score than this (accuracy, 0.01 is one point;
-            else minus the loss).
+            in `evaluate` (else in `validation`), or a benchmark, loses more score than this
+            (accuracy, 0.01 is one point; else minus the loss).
         benchmark_limit: Score a benchmark on its first N examples only, a group on N of each of its
             tasks. (default: all)
         compare_none: Also train without a penalty, and report what the penalty saved of the old

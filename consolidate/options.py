@@ -646,8 +646,8 @@ class Gate:
     max_forgetting: float | None = option(
         None,
         "Exit with code 5 and save the output as DIR.failed-forgetting if an old task in "
-        "--evaluate, or a benchmark, loses more score than this (accuracy, 0.01 is one point; else "
-        "minus the loss).",
+        "--evaluate (else in --validation), or a benchmark, loses more score than this (accuracy, "
+        "0.01 is one point; else minus the loss).",
         least=0,
     )
     benchmark_limit: int | None = _benchmark_limit()
