@@ -50,7 +50,7 @@ def stream(
 
 
 def recognise(frames: Sequence[NDArray[np.int64]], **options: Any) -> list[int]:
-    chosen = {"window": 4, "prior": 0.5, "most": 6, **options}
+    chosen = {"window": 4, "prior": 8.0, "most": 6, **options}
     one = Recogniser(len(frames[0]), 2, **chosen)
     found = []
     for frame in frames:
@@ -63,6 +63,7 @@ def slow_posteriors(frames: Sequence[NDArray[np.int64]], *, window: int, prior: 
 ) -> Iterator[list[float]]:  # fmt: skip
     """Do what the recogniser does pixel by pixel, from the frames that each context has kept."""
     kept: list[list[Any]] = []
+    seen: list[int] = []  # the values of all pixels
     weights = [1.0]
     pending: list[Any] = []
     for t, frame in enumerate(frames, 1):
@@ -74,11 +75,11 @@ def slow_posteriors(frames: Sequence[NDArray[np.int64]], *, window: int, prior: 
         ]
         logs = []
         for weight, state in zip(moved, states, strict=True):
-            seen = [*state, *pending]
             log = math.log(weight)
             for i, value in enumerate(frame):
-                count = sum(1 for one in seen if one[i] == value)
-                log += math.log((count + prior) / (len(seen) + 2 * prior))
+                count = sum(1 for one in state if one[i] == value)
+                often = (1 + seen.count(value)) / (2 + len(seen))
+                log += math.log((count + prior * often) / (len(state) + prior))
             logs.append(log)
         top = max(logs)
         whole = sum(math.exp(log - top) for log in logs)
@@ -86,6 +87,7 @@ def slow_posteriors(frames: Sequence[NDArray[np.int64]], *, window: int, prior: 
         yield weights
         pending.append(frame)
         if len(pending) == window:
+            seen += [value for one in pending for value in one]
             best = max(range(len(weights)), key=weights.__getitem__)
             if best == len(kept):
                 kept.append(pending)
@@ -97,10 +99,23 @@ def slow_posteriors(frames: Sequence[NDArray[np.int64]], *, window: int, prior: 
             pending = []
 
 
+def test_a_joined_window_is_one_frame_of_its_largest_values() -> None:
+    _, frames = stream([0, 1, 0], 40, flips=0.1)
+    joined = Recogniser(60, 2, window=4, prior=2.0, most=6, joined=True)
+    each = Recogniser(60, 2, window=1, prior=2.0, most=6)
+    for at in range(0, len(frames), 4):
+        ended = [joined.observe(frame) for frame in frames[at : at + 4]]
+        assert ended == [False, False, False, True]
+        each.observe(np.max(frames[at : at + 4], 0))
+        assert joined.context == each.context
+    assert joined.contexts == each.contexts == 2
+    assert joined._counts.tolist() == each._counts.tolist()
+
+
 @pytest.mark.parametrize("most", [2, 6])
 def test_the_posterior_is_that_of_a_slow_reference(most: int) -> None:
     _, frames = stream([0, 1, 0, 2], 7, flips=0.3, pixels=6)
-    options = {"window": 3, "prior": 0.3, "most": most}
+    options = {"window": 3, "prior": 1.5, "most": most}
     one = Recogniser(6, 2, **options)  # type: ignore[arg-type]
     for frame, slow in zip(frames, slow_posteriors(frames, **options), strict=True):  # type: ignore[arg-type]
         ended = one.observe(frame)
@@ -132,7 +147,7 @@ def test_games_beyond_the_most_contexts_go_to_known_ones() -> None:
 
 def test_only_the_best_context_keeps_the_frames_of_a_window() -> None:
     _, frames = stream([0, 1, 0], 40)
-    one = Recogniser(60, 2, window=4, prior=0.5, most=6)
+    one = Recogniser(60, 2, window=4, prior=8.0, most=6)
     for frame in frames:
         one.observe(frame)
     assert one._frames[: one.states].tolist() == [80, 40, 0]
@@ -425,10 +440,32 @@ def test_rows_wait_for_the_search_and_take_what_it_has_found() -> None:
     assert hours < 2 * 10  # of two cores
 
 
+def test_the_search_goes_beyond_an_end_where_the_best_is() -> None:
+    records: dict[str, Record] = {}
+    while new := [
+        unit for unit in games.plan([*records.values()], False) if unit.digest not in records
+    ]:
+        for unit in new:
+            value = unit.settings["ewc_lambda"] / 1e6
+            records[unit.digest] = done(unit, validation=value, random=1.0, end=4.0)
+    tried = [one.unit for one in records.values() if one.unit.method == protocol.SEARCH]
+    assert {one.seed for one in tried} == {games.SEARCH_SEED}
+    strengths = {
+        (one.settings["searched"], one.settings["likelihood"], one.settings["ewc_lambda"])
+        for one in tried
+    }
+    first = {(*key, x) for key, values in games.STRENGTHS.items() for x in values}
+    beyond = {(protocol.EWC, protocol.GAUSSIAN, 1e4), (protocol.EWC, protocol.GAUSSIAN, 1e5)}
+    assert strengths - first == beyond | {
+        (protocol.L2, protocol.GAUSSIAN, 1.0), (protocol.L2, protocol.GAUSSIAN, 10.0),
+    }  # fmt: skip
+
+
 def test_scores_are_clipped_and_games_that_are_not_learned_stand_apart() -> None:
     assert games_page.scores([-1.0, 2.0, 3.0, 9.0], 1.0, 5.0).tolist() == [0.0, 0.25, 0.5, 1.0]
     assert games_page.learned(1.0, 3.0)
     assert not games_page.learned(1.0, 2.9)
+    assert not games_page.learned(0.1, 0.9)
     assert not games_page.learned(0.0, 0.0)
     assert games_page.scores([1.0], 2.0, 1.0).tolist() == [0.0]
 
@@ -470,7 +507,8 @@ def test_the_page_says_what_holds(tmp_path: Path) -> None:
     }
     assert "| EWC, true labels (ten channels) | 1.39 ± 0.06 | 1.39 ± 0.06 |" in found.text
     assert "sums over 2 games" in found.text
-    assert "under 3 times random: seaquest (ten channels)." in found.text
+    assert "or one point above it: seaquest (ten channels)." in found.text
+    assert "EWC's sum (ten channels) is 5.00 times that without" in found.text
     assert "| channels | 0.750 | 2.0 | 2 of 2 | 4 | 0.0 |" in found.text
     assert "{" not in found.text
     for part in ("", "-each", "-noise", "-contexts"):

@@ -168,9 +168,8 @@ class Agent:
         self.random = np.random.default_rng(seed)
 
     def enter(self, context: int) -> None:
-        """Play and learn in a context from now on; the target network is what the network is."""
+        """Play and learn in a context from now on."""
         self.network.enter(context)
-        self.target.load_state_dict(self.network.state_dict())
         self.target.enter(context)
 
     def epsilon(self, steps: int) -> float:

@@ -40,7 +40,7 @@ class View(NamedTuple):
 
 VIEWS = {
     CHANNELS: View((10, 10, 10), 2, 1, 6),
-    OCCUPIED: View((1, 10, 10), 2, 4, 6),  # without trails: motion is in the frames before
+    OCCUPIED: View((1, 10, 10), 2, 4, 6),  # motion is in the frames before
     GREY: View((1, 84, 84), 256, 4, 18),
 }
 

@@ -8,7 +8,7 @@ With `--suite atari` the same program plays Atari's games with the published net
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -54,17 +54,18 @@ ROWS = {
     OCCUPIED: (NONE, EWC, RECOGNISED),
 }
 SEARCHED = ("breakout", "space_invaders")
+SEARCH_SEED = 1000  # of no row
 STRENGTHS = {
     (EWC, GAUSSIAN): (1.0, 10.0, 100.0, 1000.0),
     (EWC, SOFTMAX): (1.0, 10.0, 100.0, 1000.0),
     (L2, GAUSSIAN): (0.001, 0.01, 0.1),
 }
+"""What is tried first; while the best is at an end, ten times beyond it, BEYOND times at most."""
+BEYOND = 2
 SPEED = {MINATAR: 1000.0, ATARI: 30.0}
 """Steps a second of one core: measured for MinAtar, at most so many for Atari."""
 
-BASE = Settings(
-    games=GAMES[MINATAR], window=64, prior=0.5, noise=(0.003, 0.01, 0.02, 0.03, 0.05, 0.1)
-)
+BASE = Settings(games=GAMES[MINATAR], noise=(0.003, 0.01, 0.02, 0.03, 0.05, 0.1))
 SMALL = replace(
     BASE,
     games=SEARCHED,
@@ -81,6 +82,7 @@ SMALL = replace(
     looks=4,
     look_copies=2,
     look_steps=20,
+    random_copies=4,
     noise=(0.01, 0.1),
     noise_draws=1,
 )
@@ -98,9 +100,11 @@ ATARI_BASE = Settings(
     ),
     ewc_lambda=400.0,
     window=4,
-    prior=1 / 16,
+    joined=False,
+    prior=16.0,
     looks=300,
     look_steps=4500,
+    random_copies=30,
 )  # fmt: skip
 MACHINERY = replace(
     ATARI_BASE, games=("breakout", "pong"), visits=2, stretch=1200, capacity=4000,
@@ -131,12 +135,9 @@ def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
         references.append([figures.get("random", 0.0), figures.get("end", 1.0)])
     found: dict[str, Settings] = {}
     for method in (EWC, L2):
-        search = [
-            _unit(SEARCH, one, 0, searched=method, references=references)
-            for one in _searched(base, method, quick)
-        ]
+        search, is_done = _search(base, method, references, done, quick)
         units += search
-        if all(unit.digest in done for unit in search):
+        if is_done:
             found[method] = from_record(best([done[unit.digest] for unit in search]).unit.settings)
     for view, methods in ROWS.items():
         for method in methods:
@@ -150,14 +151,34 @@ def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
     return units
 
 
-def _searched(base: Settings, method: str, quick: bool) -> list[Settings]:
+def _search(
+    base: Settings, method: str, references: Any, done: Mapping[str, Record], quick: bool
+) -> tuple[list[Unit], bool]:
+    """Return the trials of a method so far, and whether these are all."""
     two = replace(base, games=SEARCHED, visits=2, looks=base.looks // 3 or 1, noise=())
-    return [
-        replace(two, ewc_lambda=strength, likelihood=likelihood)
+
+    def trial(likelihood: str, strength: float) -> Unit:
+        one = replace(two, ewc_lambda=strength, likelihood=likelihood)
+        return _unit(SEARCH, one, SEARCH_SEED, searched=method, references=references)
+
+    tried = {
+        likelihood: list(strengths[:1] if quick else strengths)
         for (searched, likelihood), strengths in STRENGTHS.items()
-        for strength in (strengths[:1] if quick else strengths)
         if searched == method
-    ]
+    }
+    for _ in range(BEYOND + 1):
+        units = [trial(at, strength) for at, strengths in tried.items() for strength in strengths]
+        if any(unit.digest not in done for unit in units):
+            return units, False
+        found = best([done[unit.digest] for unit in units]).unit.settings
+        strength, strengths = found["ewc_lambda"], tried[found["likelihood"]]
+        if quick or strength not in (strengths[0], strengths[-1]):
+            break
+        if strength == strengths[0]:
+            strengths.insert(0, float(f"{strength / 10:g}"))
+        else:
+            strengths.append(strength * 10)
+    return units, True
 
 
 def _unit(method: str, settings: Settings, seed: int, name: str = NAME, **others: Any) -> Unit:
@@ -201,9 +222,10 @@ def measure(unit: Unit) -> Figures:
     elif unit.method == SEARCH:
         figures = measure_sequence(settings, unit.settings["searched"], unit.seed)
         figures = {"looks": figures["looks"], "steps": figures["steps"]}
+        looks = figures["looks"]
         scores = [
             min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.0
-            for look in figures["looks"]
+            for look in looks[len(looks) // 2 :]  # of the second visits, about
             for value, (low, high) in zip(look[1:], unit.settings["references"], strict=True)
         ]
         figures["validation"] = sum(scores) / len(scores)

@@ -39,7 +39,8 @@ REACHED = 20_000_000
 """Frames of a game after which the published EWC is on, four to a step: as far as published."""
 METHODS = (JOINT, NONE, L2, EWC, RECOGNISED, SHARED, HEADS)
 COLOUR = dict(zip(METHODS, ("#666666", *COLOURS), strict=False))
-LEAST = 3  # times random: a single agent below has not learned its game
+LEAST = 3  # times random, and a point above: a single agent below has not learned its game
+NEARLY = 0.95  # of the sum with true labels: as much as them
 TITLES = {CHANNELS: "ten channels", OCCUPIED: "occupied or not", GREY: "grey, 84 × 84"}
 Looks = NDArray[np.float64]
 TEXT = """
@@ -50,7 +51,8 @@ weights; each has its own gains and biases in every layer, its own replay buffer
 steps and its own ε, which falls from 1 to {s[epsilon]:g} in its first {s[epsilon_steps]:,} steps.
 {s[copies]} copies of a game step together, and one minibatch of {s[batch_size]} is learned for
 {s[copies]} steps. Adam at {s[learning_rate]:g}, γ {s[discount]:g}, rewards clipped to ±1, target
-network copied every {s[target_updates]} updates.
+network copied every {s[target_updates]} updates. Where cells are only occupied or not, the gold and
+the enemies of asterix look alike.
 
 A game's score is (return − random) / (single − random), clipped to 0 … 1, where single is an agent
 that plays this game alone for as many steps (mean of its last three looks and of the seeds). A
@@ -61,11 +63,13 @@ actions. Seeds that are done: {done} of {seeds}.
 
 {table}
 
-The figures are sums over {counted} games; the last third is the mean of all looks in it.{apart}
+The figures are sums over {counted} games; the last third is the mean of all looks in
+it.{ratios}{apart}
 
 ![Score of each game over training, its visits shaded]({name}-each.png)
 
-Curves and visits of seed 0. The returns of agents that play one game alone, and of random actions:
+Curves and visits of the first seed. The returns of agents that play one game alone, and of random
+actions:
 
 {singles}
 
@@ -76,10 +80,14 @@ of {s[fisher_states]} states of its buffer, in place of what an earlier visit ha
 penalty is the sum over all other games, merged by the rule separate. A game's own gains and biases
 are outside both. L2 is the same with a Fisher of 1. DQN has no likelihood: `gaussian` takes all Q
 values as means of variance 1, `softmax` takes Q/τ as logits, τ = {s[temperature]:g}. λ and the
-likelihood are those with the best mean score over a run of {searched}, two visits each, one seed
-({cost:.1f} hours of processor time in all); they are fixed for all rows:
+likelihood are those with the best mean score over the second half of a run of {searched}, two
+visits each, one seed that is not a row's ({cost:.1f} hours of processor time in all). They are
+fixed for all rows, also for those with other heads, gains or frames:
 
 {search}
+
+Other than published: the penalty holds from the first switch, not after 20 million frames; Adam
+takes the place of RMSProp; a run has {s[visits]} visits of each game.
 
 {overlap}
 
@@ -99,13 +107,18 @@ After the last visit, mean over all pairs of games and seeds: {overlaps}.
 RECOGNITION = """
 ## Recognising the game
 
-The recogniser sees the newest frame of one copy, which is every fourth step. In each context each
-pixel has a Dirichlet prior of {prior:g} for each value. The paper's windows have 4 frames; here
-they have {window}, since frames of few occupied cells say little: windows of 4 are measured beside
-it, as are the other frames, on the same play. Purity is the share of time in which the game is the
-one that its context has seen most. A switch is found if the context changes before the next one,
-with a delay to that change; all other changes are false alarms. The baseline takes the highest
-channel in use as the context. Means over seeds:
+The recogniser sees one copy, every fourth step. In each context each pixel has a Dirichlet prior
+that weighs as much as {prior:g} frames. Its mean is how often each value is seen, whatever the
+pixel; the hold-out has this prior alone. (The published hold-out is uniform. It would never win
+here, where few cells are occupied.) The paper's windows have 4 frames. Here a window of {window} is
+one frame to the recogniser, of all cells that were occupied in it: in single frames, scripted play
+of one game was split into many contexts. Windows of 4 are measured beside it, as are the other
+frames, on the same play. Prior and window were chosen on scripted play of all games, before any
+run. To measure a score, each episode takes the context that its first {window} frames fit best so
+far. Purity is the share of time in which the game is the one that its context has seen most. A
+switch is found if the context changes before the next one, with a delay to that change; all other
+changes are false alarms. The baseline takes the highest channel in use as the context. Means over
+seeds:
 
 {table}
 
@@ -117,8 +130,8 @@ NOISE = """
 ![Score against the size of the noise]({name}-noise.png)
 
 Noise on the shared weights of agents that play one game alone, uniform or with a variance in
-proportion to 1/(F + ε) as for [MNIST](weight-noise.md); size is the root mean square over weights.
-Mean score over all games and seeds:
+proportion to 1/(F + ε) as for [MNIST](weight-noise.md), F by the likelihood `gaussian`; size is the
+root mean square over weights. Mean score over all games that are learned, and seeds:
 
 {table}
 """
@@ -162,7 +175,10 @@ def _whole(
     )
     searches = chosen(records, method=SEARCH)
     hours = sum(r.processor_seconds or r.seconds for r in searches) / 3600
-    apart_text = f" Apart, since a single agent stays under {LEAST} times random: {said}."
+    apart_text = (
+        f" Apart, since a single agent stays under {LEAST} times random or one point above it: "
+        f"{said}."
+    )
     return TEXT.format(
         s={**vars(settings), **vars(settings.learning), "games": len(settings.games)},
         low=min(lengths),
@@ -173,6 +189,7 @@ def _whole(
         name=name,
         table=_table(main),
         counted=" or ".join(str(len(settings.games) - len(some)) for some in apart.values()),
+        ratios=_ratios(main),
         apart=apart_text if said else "",
         singles=_singles(main),
         searched=" and ".join(searches[0].unit.settings["games"]) if searches else "–",
@@ -203,8 +220,8 @@ def references(records: Sequence[Record], view: str) -> dict[str, tuple[float, f
 
 
 def learned(low: float, high: float) -> bool:
-    """Return whether a single agent has learned its game: three times random, and above it."""
-    return high >= LEAST * low and high > low
+    """Return whether a single agent has learned its game: three times random, a point above."""
+    return high >= LEAST * low and high - low >= 1
 
 
 def scores(returns: Any, low: float, high: float) -> Looks:
@@ -275,6 +292,25 @@ def _table(records: Sequence[Record]) -> str:
     return markdown(header, lines)
 
 
+def _ratios(records: Sequence[Record]) -> str:
+    """Compare the sums of the last third: with no protection, true labels, and single agents."""
+    said = []
+    for view in _views(records):
+        ewc, without, recognised = (
+            mean([*_lasts(records, view, method).values()]).value
+            if chosen(records, method=method, view=view)
+            else 0.0
+            for method in (EWC, NONE, RECOGNISED)
+        )
+        parts = [f"{ewc / without:.2f} times that without protection"] if ewc and without else []
+        if counted := sum(learned(*pair) for pair in references(records, view).values()):
+            parts += [f"{ewc / counted:.0%} of what the single agents reach"] if ewc else []
+        parts += [f"with the recogniser {recognised / ewc:.0%} of it"] if ewc and recognised else []
+        if parts:
+            said.append(f" In it EWC's sum ({TITLES[view]}) is {', '.join(parts)}.")
+    return "".join(said)
+
+
 def _singles(records: Sequence[Record]) -> str:
     lines = []
     for view in _views(records):
@@ -328,9 +364,7 @@ def _draw_sums(records: Sequence[Record], folder: Path, name: str) -> None:
 def _draw_each(records: Sequence[Record], folder: Path, name: str) -> None:
     view = _views(records)[0]
     found = references(records, view)
-    rows = [r for m in METHODS for r in chosen(records, method=m, view=view) if r.unit.seed == 0]
-    if not rows:
-        return
+    rows = _of_first_seed([r for m in METHODS for r in chosen(records, method=m, view=view)])
     games = rows[0].unit.settings["games"]
     figure, axes = panels(len(games), width=3.2, height=3, sharey=True)
     for number, (game, axis) in enumerate(zip(games, axes, strict=True)):
@@ -417,8 +451,13 @@ def _recognition(records: Sequence[Record], folder: Path, name: str) -> str:
     ).strip()
 
 
+def _of_first_seed(records: Sequence[Record]) -> list[Record]:
+    first = min(record.unit.seed for record in records)
+    return [record for record in records if record.unit.seed == first]
+
+
 def _draw_contexts(records: Sequence[Record], folder: Path, name: str) -> None:
-    shown = [record for record in records if record.unit.seed == 0]
+    shown = _of_first_seed(records)
     figure, axes = panels(len(shown), width=6, height=2.6)
     for record, axis in zip(shown, axes, strict=True):
         games, at = record.unit.settings["games"], 0
@@ -499,14 +538,14 @@ def _rows(records: Sequence[Record], name: str, seeds: int) -> list[Row]:
     }
     main = [r for r in records if r.unit.settings["suite"] != ATARI or name != "games"]
     view = (_views(main) or [CHANNELS])[0]
-    lasts = {method: _last(_sums(main, view, method)[1]) for method in claims}
+    lasts = {method: _lasts(main, view, method) for method in claims}
     rows = []
     for method, (published, reason) in claims.items():
         row = Row(f"{name.replace('-', ', ')}: {method}, sum of scores", published)
         if found := lasts[method]:
             done = f"{len(found)} of {seeds} seeds"
             row = row._replace(
-                here=f"{_with_error(mean(found))} ({done})",
+                here=f"{_with_error(mean([*found.values()]))} ({done})",
                 difference=_verdict(method, lasts),
                 reason=reason,
             )
@@ -526,14 +565,26 @@ def _rows(records: Sequence[Record], name: str, seeds: int) -> list[Row]:
     return [*rows, row]
 
 
-def _verdict(method: str, lasts: Mapping[str, Sequence[float]]) -> str:
+def _lasts(records: Sequence[Record], view: str, method: str) -> dict[int, float]:
+    """Return the mean sum of scores over the last third of training, by seed."""
+    seeds = [record.unit.seed for record in chosen(records, method=method, view=view)]
+    return dict(zip(seeds, _last(_sums(records, view, method)[1]), strict=True))
+
+
+def _verdict(method: str, lasts: Mapping[str, Mapping[int, float]]) -> str:
     """Say whether a claim of the paper holds: by two standard errors, seed by seed."""
     found = lasts[method]
     if method == NONE:
-        return "holds" if mean(found).value < 1 else "does not hold"
+        top = mean([*found.values()])
+        return "holds" if top.value + 2 * top.error < 1 else "does not hold"
     other = {EWC: NONE, RECOGNISED: EWC}.get(method)
-    if other is None or len(found) < 2 or len(lasts[other]) != len(found):
+    both = sorted(found.keys() & lasts[other].keys()) if other else []
+    if other is None or len(both) < 2:
         return "–"
-    gap = mean([a - b for a, b in zip(found, lasts[other], strict=True)])
-    above = gap.value > 2 * gap.error if method == EWC else gap.value > -2 * gap.error
-    return "holds" if above else "does not hold"
+    gap = mean([found[seed] - lasts[other][seed] for seed in both])
+    if method == EWC:
+        return "holds" if gap.value > 2 * gap.error else "does not hold"
+    if gap.value < -2 * gap.error:
+        return "does not hold"
+    kept = math.fsum(found[seed] for seed in both) / math.fsum(lasts[other][seed] for seed in both)
+    return "holds" if kept >= NEARLY else "undecided"

@@ -1,7 +1,6 @@
 """The sequence of games: what is played when, what is remembered at a switch, what is measured."""
 
 import math
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -73,11 +72,13 @@ class Settings:
     fisher_states: int = 32
     least_steps: int = 2000  # in a context since its Fisher was measured, to measure it again
     window: int = 16
-    prior: float = 0.02
-    contexts: int = 12  # at most, of the recogniser
+    joined: bool = True  # whether a window is one frame to the recogniser
+    prior: float = 1.0  # frames
+    contexts: int = 20  # at most, of the recogniser
     looks: int = 60
     look_copies: int = 10
     look_steps: int = 500  # of an episode, at most
+    random_copies: int = 200  # episodes of random actions
     noise: tuple[float, ...] = ()  # sizes of weight noise on an agent of a single game
     noise_draws: int = 3
 
@@ -176,6 +177,7 @@ class Recognised:
                 window=window,
                 prior=settings.prior,
                 most=settings.contexts,
+                joined=settings.joined,
             )
 
         self._view = settings.view
@@ -256,6 +258,7 @@ class Run:
         self.context = -1
         self.steps = 0
         self.looks: list[list[float]] = []
+        self.switches: list[dict[str, Any]] = []  # at each: what was measured, and what holds
         self.seconds = {"looks": 0.0, "Fisher": 0.0}
         self._begun = True  # whether what is shown now follows on nothing that is remembered
 
@@ -282,8 +285,7 @@ class Run:
         for number in self._looking(steps):
             game = number % turns
             self.context = game
-            self.agent.network.enter(game)
-            self.agent.target.enter(game)
+            self.agent.enter(game)
             self._begun = number < turns
             self._step(game)
 
@@ -369,6 +371,14 @@ class Run:
             context.fisher = self.fisher(context)
         context.anchor = weights_of(shared)
         context.measured = context.steps
+        self.switches.append(
+            {
+                "step": self.steps,
+                "context": self.context,
+                "traces": {name: float(values.sum()) for name, values in context.fisher.items()},
+                "penalty": 0.0 if self.agent.penalty is None else self.agent.penalty.value(),
+            }
+        )
         self.seconds["Fisher"] += time.process_time() - began
 
     def fisher(self, context: Context) -> dict[str, Tensor]:
@@ -401,10 +411,11 @@ class Run:
     def score(self, game: int, *, random: bool = False) -> float:
         """Return a game's mean return over episodes with the best actions, or with random ones.
 
-        With the recogniser each episode takes the context that its first window of frames fits
+        With the recogniser each episode takes the context that the frames of its first window fit
         best so far.
         """
-        settings, count = self.settings, self.settings.look_copies
+        settings = self.settings
+        count = settings.random_copies if random else settings.look_copies
         copies = Copies(
             [self._game(game, [self.seed, 3, self.steps, game, i]) for i in range(count)],
             self.view.history,
@@ -412,15 +423,15 @@ class Run:
         chance = np.random.default_rng([self.seed, 4, self.steps, game])
         if self.recognised is None:
             self.agent.network.enter(game)
-        fit: Any = 0.0
+        seen: list[NDArray[np.int64]] = []
         running, returns = np.ones(count, bool), np.zeros(count)
         for step in range(settings.look_steps):
             if random:
                 actions = chance.integers(self.view.actions, size=count)
             else:
                 if self.recognised is not None and step < settings.window:
-                    fit = fit + self._fit(copies.frames)
-                    self.agent.network.enter(torch.from_numpy(fit.argmax(1)))
+                    seen.append(pixels_of(copies.frames, settings.view))
+                    self.agent.network.enter(torch.from_numpy(self._best(seen)))
                 actions = self.agent.best(copies.states)
             rewards, ended = copies.act(actions)
             returns += rewards * running
@@ -429,11 +440,13 @@ class Run:
                 break
         return float(returns.mean())
 
-    def _fit(self, frames: Frame) -> NDArray[np.float64]:
+    def _best(self, seen: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """Return the context that some frames of each copy fit best, (copies,)."""
         assert self.recognised is not None
         leading = self.recognised.leading
-        found = leading.log_probabilities(pixels_of(frames, self.settings.view))
-        return found[:, : max(1, leading.contexts)]
+        frames = [np.max(seen, 0)] if self.settings.joined else seen
+        found = sum(map(leading.log_probabilities, frames), np.zeros(()))
+        return found[:, : max(1, leading.contexts)].argmax(1)
 
 
 def measure_single(settings: Settings, seed: int) -> Figures:
@@ -477,8 +490,8 @@ def _common(run: Run) -> Figures:
         "updates": run.agent.updates,
         "seconds of looks": run.seconds["looks"],
         "seconds of Fishers": run.seconds["Fisher"],
+        "switches": run.switches,
         "buffers, bytes": sum(one.buffer.memory for one in run.contexts.values()),
-        "peak memory, bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 

@@ -1,7 +1,8 @@
 """Which game is being played, from its frames alone: the flat Forget-me-not process.
 
-Kirkpatrick et al. 2017, after Milan et al. 2016: a hidden Markov model over contexts whose rate of
-switches decays, and in each context a distribution of frames in which all pixels are independent.
+After Kirkpatrick et al. 2017 and Milan et al. 2016: a hidden Markov model over contexts whose rate
+of switches decays, and in each context a distribution of frames in which all pixels are
+independent.
 """
 
 from collections.abc import Sequence
@@ -42,39 +43,56 @@ def values_of(view: str) -> int:
 class Recogniser:
     """A flat Forget-me-not process.
 
-    Context k has counts n_k of each pixel's values, with a symmetric Dirichlet prior α:
+    Context k has counts n_k of each pixel's values in its N_k frames, with a Dirichlet prior that
+    weighs as much as β frames. Its mean is q, the frequency of the values over all pixels and
+    frames so far:
 
-        p_k(x) = Π_i (n_k[i, x_i] + α) / (N_k + V α)
+        p_k(x) = Π_i (n_k[i, x_i] + β q[x_i]) / (N_k + β)
 
-    One more, the hold-out, has no counts, so that its first frame is uniform. In a window all count
-    the frames they see; at its end the most likely keeps them, and the others go back. Where that
-    is the hold-out, it is a context from then on, and there is a new hold-out. Over contexts and
-    hold-out there is a hidden Markov model that leaves its state with probability 1/(t + 1), t the
-    number of frames so far, for each of the others alike.
+    One more, the hold-out, has no counts: it knows how often a value is seen, and not where. At the
+    end of a window its most likely context takes in the frames. Where that is the hold-out, it is a
+    context from then on, and there is a new hold-out. Over contexts and hold-out there is a hidden
+    Markov model that leaves its state with probability 1/(t + 1), t the number of frames so far,
+    for each of the others alike.
+
+    This differs from what is published, for frames of few occupied pixels. A uniform hold-out would
+    never be the most likely there. Contexts do not learn within a window: a new one would win in
+    the middle of a game, by pixels that stay the same for a while. And a window can be joined into
+    one frame, since the frames within it are much alike.
 
     Attributes:
         context: The present one, as of the last window's end.
         contexts: How many there are.
     """
 
-    def __init__(self, pixels: int, values: int, *, window: int, prior: float, most: int):
+    def __init__(
+        self,
+        pixels: int,
+        values: int,
+        *,
+        window: int,
+        prior: float,
+        most: int,
+        joined: bool = False,
+    ):
         """Begin without any context.
 
         Args:
             pixels: Of a frame.
             values: V, of a pixel.
             window: Frames.
-            prior: α.
+            prior: β, in frames.
             most: Contexts; once there are so many, the hold-out is not considered any more.
+            joined: Whether a window is one frame, the largest value of each pixel in it.
         """
         self.context = 0
         self.contexts = 0
         self._counts = np.zeros((most + 1, pixels, values))
         self._frames = np.zeros(most + 1)  # N
+        self._often = np.ones(values)  # q, not normalized
         self._weights = np.zeros(1)  # log posterior of contexts and hold-out
-        self._window, self._prior, self._most = window, prior, most
+        self._window, self._prior, self._most, self._joined = window, prior, most, joined
         self._at = np.arange(pixels)
-        self._values = values
         self._seen = 0
         self._pending: list[NDArray[np.int64]] = []
 
@@ -91,8 +109,9 @@ class Recogniser:
         """Return log p of each frame, (B, pixels), in each state, as if each came next: (B, K)."""
         k = self.states
         counts = self._counts[:k, self._at, frames]  # (K, B, pixels)
-        whole = np.log(self._frames[:k] + self._values * self._prior)
-        return np.log(counts + self._prior).sum(2).T - len(self._at) * whole
+        expected = self._prior * (self._often / self._often.sum())[frames]
+        whole = np.log(self._frames[:k] + self._prior)
+        return np.log(counts + expected).sum(2).T - len(self._at) * whole
 
     def observe(self, frame: NDArray[np.int64]) -> bool:
         """Take in a frame; return whether a window has ended with it.
@@ -101,25 +120,26 @@ class Recogniser:
             frame: Its pixels, (pixels,).
         """
         self._seen += 1
-        k = self.states
+        self._pending.append(frame)
+        ended = len(self._pending) == self._window
+        if self._joined:
+            if not ended:
+                return False
+            frame = np.max(self._pending, 0)
+            self._pending = [frame]
         [found] = self.log_probabilities(frame[None])
         weights = _moved(self._weights, 1 / (self._seen + 1)) + found
         self._weights = weights - np.logaddexp.reduce(weights)
-        self._counts[:k, self._at, frame] += 1
-        self._frames[:k] += 1
-        self._pending.append(frame)
-        if len(self._pending) < self._window:
-            return False
-        self._end_window()
-        return True
+        if ended:
+            self._end_window()
+        return ended
 
     def _end_window(self) -> None:
-        k, best = self.states, int(self._weights.argmax())
-        others = [state for state in range(k) if state != best]
+        best = int(self._weights.argmax())
         for frame in self._pending:
-            for state in others:
-                self._counts[state, self._at, frame] -= 1
-        self._frames[others] -= len(self._pending)
+            self._counts[best, self._at, frame] += 1
+            self._often += np.bincount(frame, minlength=len(self._often))
+        self._frames[best] += len(self._pending)
         self._pending = []
         self.context = best
         if best == self.contexts:  # the hold-out
