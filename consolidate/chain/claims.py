@@ -25,7 +25,13 @@ def claiming(target: Path, *, part: str | None = None) -> Iterator[None]:
         yield
 
 
-def refuse_changed(weights: Path, records: Mapping[str, TensorRecord], measured: Path) -> None:
+def refuse_changed(
+    weights: Path,
+    records: Mapping[str, TensorRecord],
+    measured: Path,
+    *,
+    meanwhile: str = "their Fisher was measured",
+) -> None:
     """Refuse to put a Fisher beside weights that are no longer those it was measured at.
 
     Other tools ignore a claim. Every byte is read again, since sizes and times of files miss some
@@ -34,7 +40,6 @@ def refuse_changed(weights: Path, records: Mapping[str, TensorRecord], measured:
     lines = differences(records, weight_records(open_checkpoint(weights).weights))
     if lines:
         raise InputError(
-            f"{measured}: the weights changed while their Fisher was measured "
-            f"({in_one_line(lines, 2)}); nothing was written: run the command again once nothing "
-            "else writes there"
+            f"{measured}: the weights changed while {meanwhile} ({in_one_line(lines, 2)}); nothing "
+            "was written: run the command again once nothing else writes there"
         )

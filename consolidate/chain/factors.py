@@ -32,7 +32,7 @@ class Factors(NamedTuple):
     @property
     def covered(self) -> set[str]:
         """The parameters that have a block."""
-        return covered(dict(self.blocks))
+        return covered(self.blocks)
 
     def fits(self, name: str, whole: Block, measured: Collection[str]) -> bool:
         """Whether this block is here, but for parameters that were not measured, whose R is 0."""
@@ -131,9 +131,9 @@ def check_structure(
             )
 
 
-def check_continued(before: "Chain | None", new: bool) -> None:
+def check_continued(before: "Chain | None") -> None:
     """Refuse a task with factors on a chain whose tasks were measured without them."""
-    if new and before is not None and factors_of(before) is None and before.fisher:
+    if before is not None and factors_of(before) is None and before.fisher:
         raise UsageError(
             "--structure inputs: the earlier tasks were measured without factors, which cannot be "
             "added later: use --structure diagonal, or measure their Fisher again with --structure "
@@ -142,13 +142,13 @@ def check_continued(before: "Chain | None", new: bool) -> None:
 
 
 def module_factors(
-    chain: "Chain | None", layout: Layout, weights: Mapping[str, Tensor]
+    chain: "Chain", layout: Layout, weights: Mapping[str, Tensor]
 ) -> dict[str, Any] | None:
     """Give the arguments of a penalty that are a chain's factors, by the module's names.
 
     They are around `weights` where the chain has no anchor for them. None where it has no factors.
     """
-    if chain is None or (factors := factors_of(chain)) is None or not factors.blocks:
+    if (factors := factors_of(chain)) is None or not factors.blocks:
         return None
     matrices, blocks = layout.factors_to_module(*factors)
     alone, where = layout.loaded_alone(), chain.factor_anchor or weights

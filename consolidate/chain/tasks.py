@@ -174,7 +174,8 @@ def add_task(
         merged = _unmeasured(past, model, weights)
     else:
         new = measured_factors(diagonal, model.layout)
-        check_continued(before, bool(new.blocks))
+        if new.blocks:
+            check_continued(before)
         merged = _merged(past, model, weights, fisher, new, merging, record.weight)
     ledger = _ledger(past.ledger, model, tasks, merging, merged, records or weight_records(weights))
     return Added(ledger, merged, past.heads)

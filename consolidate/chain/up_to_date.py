@@ -11,7 +11,7 @@ from consolidate.results import FactorTotals, MeasuredFisher
 from formats.atomic import recover
 from formats.errors import ConsolidateError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
-from formats.fisher_json import Ledger, TaskRecord, read_ledger
+from formats.fisher_json import Ledger, read_ledger
 
 LOG = logging.getLogger("consolidate")
 
@@ -21,7 +21,6 @@ class Output(NamedTuple):
 
     checkpoint: Path
     made_from: str  # digest of everything that the result depends on
-    tasks: list[TaskRecord]  # of its ledger
 
 
 def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
@@ -40,7 +39,7 @@ def find_output(checkpoint: Path, *, merged: bool = False) -> Output | None:
         digest = ledger.made_from
     else:
         digest = None if ledger.made_from is not None else ledger.tasks[-1].made_from
-    return None if digest is None else Output(checkpoint, digest, ledger.tasks)
+    return None if digest is None else Output(checkpoint, digest)
 
 
 def cached(output: Output | None, made_from: Callable[[], str]) -> StoredFisher | None:

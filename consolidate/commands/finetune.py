@@ -19,7 +19,7 @@ from consolidate.chain.up_to_date import cached
 from consolidate.commands.finetune_budget import Controller
 from consolidate.commands.finetune_compare import completed, train_without_penalty
 from consolidate.commands.finetune_cost import report_refused, training_cost
-from consolidate.commands.finetune_gate import failed_before
+from consolidate.commands.finetune_gate import failed_before, forgotten_in
 from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.commands.finetune_options import check_options
 from consolidate.commands.finetune_output import (
@@ -29,7 +29,7 @@ from consolidate.commands.finetune_output import (
     write_output,
 )
 from consolidate.commands.finetune_plan import Plan, plan_finetune
-from consolidate.commands.finetune_run import Trained, kept_of, log_replay, train
+from consolidate.commands.finetune_run import kept_of, log_replay, train
 from consolidate.commands.finetune_search import searched
 from consolidate.commands.finetune_self import as_fisher, fisher_of_itself, without_penalty
 from consolidate.commands.finetune_start import Start, load_start
@@ -56,7 +56,6 @@ from consolidate.runtime.distributed import (
     shards_among,
 )
 from consolidate.runtime.progress import start_timing
-from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.loop import with_statistics
 from formats.atomic import partial_path
 from formats.digest import set_digest
@@ -140,7 +139,8 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     log_replay(start, plan.recipe)
     search = searched(plan, start, work, found)
     comparison, found = train_without_penalty(plan, start, work, found, search)
-    controller = _controller(plan, start, found)
+    budget = options.search.budget
+    controller = None if budget is None else Controller(budget, start, plan.recipe, found)
     moving = _interpolator(plan, start, measure, found)
     start_timing()
     try:
@@ -160,7 +160,7 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
         work.remove()  # it would only end so again
         raise
     predicted = None if start.forecast is None else start.forecast.nats()
-    forgotten = _forgotten(plan, trained)
+    forgotten = forgotten_in(plan, trained.metrics)
     target = failed_folder(plan.target) if forgotten else plan.target
     # The output may replace the source, so all that is read from there comes before it.
     started_from = set_digest(plan.opened.records)
@@ -214,8 +214,7 @@ def _with_own_fisher(plan: Plan, asked: FisherOptions, cut: ProcessGroup | None)
     if not folder.exists() and not partial_path(folder).exists():
         load_start(without_penalty(plan), cut)  # refuses data, heads and tokenizers that do not fit
     with as_fisher(asked):
-        progress = partial_path(plan.target)
-        measure_alone(asked, opened.source, None, folder, cut, progress=progress)
+        measure_alone(asked, opened.source, None, plan.target, cut)
     stored = stored_fisher(folder, opened.source)
     return replace(plan, opened=replace(opened, before=stored, protecting=stored, to_measure=()))
 
@@ -243,12 +242,10 @@ def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
         data=data,
         task=name,
         output_dir=None,
-        add=False,
         dtype="float32",  # like the master weights of a training
         merging=Merging(),
     )
-    folder, progress = measured_folder(plan.target), partial_path(plan.target)
-    measure_alone(asked, opened.source, opened.before, folder, cut, progress=progress)
+    folder = measure_alone(asked, opened.source, opened.before, plan.target, cut)
     LOG.info("the Fisher of %s was measured on %s, and protects it", name, data)
     return replace(plan, measured=read_fisher(folder))
 
@@ -280,13 +277,6 @@ def _interpolator(
     return Interpolator(plan.interpolation, start, plan.recipe, measure, found)
 
 
-def _controller(plan: Plan, start: Start, found: StoredWork | None) -> Controller | None:
-    """Prepare to let λ follow a budget; None where λ is given."""
-    if (budget := plan.options.search.budget) is None:
-        return None
-    return Controller(budget, start, plan.recipe, found)
-
-
 def _running_statistics(plan: Plan, start: Start) -> str | None:
     """Report what becomes of running statistics, and why; None where there are none."""
     given = plan.options.recipe.norm_statistics is not None
@@ -310,15 +300,6 @@ def _running_statistics(plan: Plan, start: Start) -> str | None:
             "twice: leave it out, or use --norm-statistics frozen"
         )
     return value
-
-
-def _forgotten(plan: Plan, trained: Trained) -> dict[str, float]:
-    """Give the old tasks that lost more than allowed, and how much."""
-    limit = plan.options.gate.max_forgetting
-    if limit is None:
-        return {}
-    lost = forgetting(trained.metrics["before"], trained.metrics["after"], plan.old_tasks)
-    return beyond(lost, limit)
 
 
 @contextmanager

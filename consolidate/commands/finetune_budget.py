@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from consolidate.commands.finetune_nats import quadratic
 from consolidate.commands.finetune_run import run_length
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.examples import Part
-from consolidate.ewc.penalty import WeightPenalty
 from consolidate.options import Recipe
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import all_processes, place_in
@@ -71,7 +71,7 @@ class Controller:
                     name: [self._loss(name, part) for part in range(len(parts))]
                     for name, parts in self._parts.items()
                 }
-            self.state.update(before=before, squares=_squares(self._penalty), last=0, measured=[])
+            self.state.update(before=before, squares=quadratic(self._penalty), last=0, measured=[])
         self._take_strength()
 
     def after_step(self, steps: Sequence[Step]) -> None:
@@ -100,7 +100,7 @@ class Controller:
             return next_strength(measured[-1], measured[0].ewc_lambda, lost, self._budget)
         if lost <= self._budget:
             return None
-        squares = _squares(self._penalty) - self.state["squares"]
+        squares = quadratic(self._penalty) - self.state["squares"]
         return first_strength([step.loss for step in steps], squares)
 
     def _take_strength(self) -> None:
@@ -119,9 +119,3 @@ class Controller:
         examples = {name: self._parts[name][part]}
         found = evaluate_all(self._start.model, examples, self._start.with_heads, self._batch_size)
         return found[name]["loss"]
-
-
-def _squares(penalty: WeightPenalty) -> float:
-    """Return the penalty at λ = 1, which is left at that."""
-    penalty.ewc_lambda = 1.0
-    return penalty.value()

@@ -223,7 +223,7 @@ def _check_structure(options: FinetuneOptions, opened: Opened) -> None:
             "it again with `consolidate fisher --structure inputs`, or leave --structure out"
         )
     if structure == "inputs":
-        check_continued(opened.before, True)
+        check_continued(opened.before)
     if of_fisher and opened.uses_factors and options.recipe.penalty_step == "proximal":
         raise UsageError(
             "--penalty-step proximal cannot be combined with --structure inputs, whose penalty is "

@@ -182,15 +182,18 @@ def descend(
     total = run_length(start, recipe)
     descent = _start_descent(model, recipe, total)
     steps, kept = descent.steps, kept or KeptTraining()
+
+    def measure() -> None:
+        with kept.keeping_if_stopped(descent):
+            follow(steps)
+            if _is_measured(len(steps), total, recipe):
+                take_metrics(f"step {len(steps)}")
+
     with seeded(recipe.seed, group), signals.waiting(kept.work is not None):
         if kept.load(descent):
             LOG.info("resuming from step %d of %d", len(steps), total)
         with progress("training", total, "steps", before=len(steps)) as advance:
-            with kept.keeping_if_stopped(descent):
-                follow(steps)
-            if _is_measured(len(steps), total, recipe):
-                with kept.keeping_if_stopped(descent):
-                    take_metrics(f"step {len(steps)}")
+            measure()
             for epoch, examples in _epochs_left(chosen, mixture, recipe, total, len(steps)):
                 stand_in = None
                 if is_sharded(model.module):  # the same wherever the epoch is resumed
@@ -217,11 +220,7 @@ def descend(
                         report(step)
                     _log(step, total, recipe.log_every)
                     kept.after_step(descent, f"after step {step.step} of {total}")
-                    with kept.keeping_if_stopped(descent):
-                        follow(steps)
-                    if _is_measured(step.step, total, recipe):
-                        with kept.keeping_if_stopped(descent):
-                            take_metrics(f"step {step.step}")
+                    measure()
                 with kept.keeping_if_stopped(descent):
                     take_metrics(f"epoch {epoch + 1}", f"step {len(steps)}")
             kept.end(descent, f"after the last of {total} steps")

@@ -13,6 +13,7 @@ import torch
 
 from consolidate.chain.resume import KeptWork
 from consolidate.commands.finetune_choice import HeldOut, SearchPlan
+from consolidate.commands.finetune_nats import quadratic
 from consolidate.commands.finetune_run import descend, run_length
 from consolidate.commands.finetune_weights import take_stored_values
 from consolidate.estimation.likelihoods import get_likelihood
@@ -175,8 +176,7 @@ class _Search:
         metrics = lost = squares = moved = None
         try:
             self.train(length)
-            penalty.ewc_lambda = 1.0
-            squares = penalty.value()
+            squares = quadratic(penalty)
             if not math.isfinite(squares):
                 raise NonFiniteError(f"the penalty is {squares}")
             metrics = self.held.measure(self.recipe.batch_size)

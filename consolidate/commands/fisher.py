@@ -4,14 +4,14 @@ import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
 from consolidate.chain.fitted_chain import Chain, pending_task
 from consolidate.chain.heads import check_labels
-from consolidate.chain.output import bytes_of, output_bytes
+from consolidate.chain.output import bytes_of, measured_folder, output_bytes
 from consolidate.chain.resume import KeptPass
 from consolidate.chain.tasks import Encoded, add_task, check_names_to_be, with_structure
 from consolidate.chain.up_to_date import cached, recorded_fisher
@@ -38,7 +38,7 @@ from consolidate.data.text_plan import TextPlan, plan_texts
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
-from consolidate.options import Columns, FisherOptions
+from consolidate.options import Columns, Estimation, FisherOptions
 from consolidate.results import (
     FisherDone,
     FisherDryRun,
@@ -123,11 +123,10 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
     )
     found = work.start()
     start_timing()
-    how: dict[str, Any] = {"task": plan.task, "seed": options.seed, "structure": plan.structure}
+    estimation = _settled(plan, model, encoded)
     examples: Examples
     generated = None
     if isinstance(encoded, TextPlan):
-        estimation = settled_on_texts(options.estimation, model, unchanged=encoded.unchanged)
         examples, generated, kept = generate_sample(
             model,
             encoded,
@@ -139,11 +138,19 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
             digests=options.saving.data_digest,
             overwrite=options.saving.overwrite,
         )
-        diagonal = of_own_labels(measure_fisher(model, examples, estimation, **how, kept=kept))
     else:
         examples, kept = encoded, KeptPass(work, found)
-        estimation = settled_estimation(options.estimation, model, encoded)
-        diagonal = measure_fisher(model, encoded, estimation, **how, kept=kept)
+    diagonal = measure_fisher(
+        model,
+        examples,
+        estimation,
+        task=plan.task,
+        seed=options.seed,
+        structure=plan.structure,
+        kept=kept,
+    )
+    if generated is not None:
+        diagonal = of_own_labels(diagonal)
     result = None
     if is_first(group):
         result = _write(plan, model, examples, diagonal, chain, generated)
@@ -156,30 +163,29 @@ def measure_alone(
     options: FisherOptions,
     source: Checkpoint,
     before: StoredFisher | None,
-    folder: Path,
+    target: Path,
     cut: ProcessGroup | None,
-    *,
-    progress: Path,
-) -> None:
-    """Measure what a training needs first, as `plan_alone` plans it.
+) -> Path:
+    """Measure what a training into `target` needs first, beside it; return the folder.
 
     What was written there before an interruption is taken, unless that is refused, or its texts
-    are gone. `progress` is where that of the training is saved.
+    are gone.
 
     Raises:
         InputError: A training that began from another measurement has saved its progress.
     """
-    plan = plan_alone(options, source, before, folder)
-    if not options.saving.restart and _is_written(plan):
-        if lacks_texts(options.generation):
-            measure(plan, cut)
-        return
-    if not options.saving.restart and plan.target.exists() and progress.exists():
+    folder, progress = measured_folder(target), partial_path(target)
+    plan, fresh = plan_alone(options, source, before, folder), options.saving.restart
+    if not fresh and _is_written(plan):
+        if not lacks_texts(options.generation):
+            return folder
+    elif not fresh and folder.exists() and progress.exists():
         raise InputError(
             f"{progress} holds saved progress of a run that began with another measurement of "
             f"{plan.task}: start that command again, or discard it with --restart"
         )
     measure(plan, cut)
+    return folder
 
 
 def _is_written(plan: Plan) -> bool:
@@ -285,22 +291,30 @@ def _check_task(plan: Plan, task: TaskRecord, model: Model, columns: Columns) ->
         )
 
 
+def _settled(plan: Plan, model: Model, encoded: Examples | TextPlan) -> Estimation:
+    """Settle how a plan's data, or texts that are yet to be generated, are measured."""
+    asked = plan.options.estimation
+    if isinstance(encoded, TextPlan):
+        return settled_on_texts(asked, model, unchanged=encoded.unchanged)
+    return settled_estimation(asked, model, encoded)
+
+
 def _dry_run(plan: Plan, model: Model, encoded: Examples | TextPlan) -> FisherDryRun:
     """Estimate the cost of a pass and the sizes of its files, without headers and the ledger."""
-    estimation, seed = plan.options.estimation, plan.options.seed
+    estimation = _settled(plan, model, encoded)
     generation: GenerationCost = {}
+    examples: Examples
+    count = None
     if isinstance(encoded, TextPlan):
-        estimation = settled_on_texts(estimation, model, unchanged=encoded.unchanged)
         examples, generation = first_texts(model, encoded)
         count = encoded.count
-        cost, factors = pass_cost(
-            model, examples, estimation, plan.structure, seed=seed, count=count
-        )
-        if estimation.estimator == "empirical":
-            cost["estimator"] = "mc"
     else:
-        estimation = settled_estimation(estimation, model, encoded)
-        cost, factors = pass_cost(model, encoded, estimation, plan.structure, seed=seed)
+        examples = encoded
+    cost, factors = pass_cost(
+        model, examples, estimation, plan.structure, seed=plan.options.seed, count=count
+    )
+    if generation and estimation.estimator == "empirical":
+        cost["estimator"] = "mc"  # as `of_own_labels` names it
     itemsize = {"float32": 4, "float64": 8}[estimation.accumulate_dtype]
     files = {"fisher.safetensors": 4 * cost["parameters"]}
     if factors:

@@ -237,7 +237,7 @@ def _settled_structure(
     structure = settled_structure(options.curvature.structure, chain)
     check_structure(structure, options.estimation, options.parameters)
     if structure == "inputs" and not completes:
-        check_continued(chain, True)
+        check_continued(chain)
     return structure
 
 

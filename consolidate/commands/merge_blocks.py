@@ -74,7 +74,7 @@ class MergedBlocks:
     @cached_property
     def covered(self) -> set[str]:
         """The parameters that have a block."""
-        return covered(dict(self.blocks))
+        return covered(self.blocks)
 
     def solve(self, folder: Path) -> None:
         """Solve each block once, and keep its weights and anchor in a folder."""

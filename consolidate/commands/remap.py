@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from consolidate.chain.claims import claiming
+from consolidate.chain.claims import claiming, refuse_changed
 from consolidate.chain.fingerprint import checkpoint_content, versions
 from consolidate.chain.opening import find_fisher
 from consolidate.chain.output import check_output
@@ -26,13 +26,12 @@ from formats.checkpoint import (
     weight_records,
     write_checkpoint,
 )
-from formats.digest import TensorRecord, differences, json_digest
+from formats.digest import TensorRecord, json_digest
 from formats.errors import InputError
 from formats.fisher_folder import (
     LEDGER_NAME,
     StoredFisher,
     check_intact,
-    in_one_line,
     read_fisher,
     write_fisher,
 )
@@ -202,13 +201,7 @@ def _write(plan: _Plan, target: Path, *, overwrite: bool) -> Ledger:
             dtype=dtype_of(stored.fisher, next(iter(stored.fisher))),
         )
         renew_card(staging, ledger)
-        written = weight_records(open_checkpoint(staging).weights)
-        if lines := differences(plan.records, written):
-            raise InputError(
-                f"{plan.source.path}: the weights changed while they were copied "
-                f"({in_one_line(lines, 2)}); nothing was written: run the command again once "
-                "nothing else writes there"
-            )
+        refuse_changed(staging, plan.records, plan.source.path, meanwhile="they were copied")
     return ledger
 
 

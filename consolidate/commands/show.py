@@ -81,7 +81,7 @@ def show(options: ShowOptions) -> ShowResult:
             "trace": total,
             "digest": set_digest(ledger.fisher),
         },
-        "factors": _factors(ledger, {n: trace for n, (trace, _) in measured.items()}),
+        "factors": _factors(ledger, {n: trace for n, (trace, _) in measured.items()}, total),
         "weights": {"tensors": len(ledger.weights), "digest": set_digest(ledger.weights)},
         "base": ledger.base,
         "anchor": "the weights" if ledger.anchor is None else "fisher/anchor",
@@ -192,11 +192,10 @@ def _parameters(ledger: Ledger, measured: Measured, total: float) -> list[Parame
     return sorted(found, key=lambda parameter: -parameter["trace"])
 
 
-def _factors(ledger: Ledger, traces: Mapping[str, float]) -> ShownFactors | None:
+def _factors(ledger: Ledger, traces: Mapping[str, float], total: float) -> ShownFactors | None:
     """Describe the matrices beside Λ: what each stands for, and how large they are."""
     if ledger.factors is None or ledger.blocks is None:
         return None
-    total = sum(traces.values())
     matrices: list[Factor] = []
     for name, block in ledger.blocks.items():
         record = ledger.factors[name]

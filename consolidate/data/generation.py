@@ -1,10 +1,8 @@
 """Examples that a causal language model generates: a sample of its own distribution, no data."""
 
-import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +22,7 @@ from consolidate.models.sampling import (
     reread,
     up_to_end,
 )
+from consolidate.runtime.devices import release_memory
 from consolidate.runtime.distributed import from_all, place_in
 from consolidate.runtime.quiet import quiet
 from formats.errors import ConsolidateError, InputError, UsageError
@@ -148,10 +147,7 @@ class _Writer:
         self.most = (size + 1) // 2
         self.halvings += 1
         self._note(f"out of memory with {size} texts: continuing with {self.most}")
-        gc.collect()
-        backend: Any = getattr(torch, place_of(self.module).device.type, None)
-        if hasattr(backend, "empty_cache"):
-            backend.empty_cache()
+        release_memory(place_of(self.module).device)
 
 
 def _exchanged(

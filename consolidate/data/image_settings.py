@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -170,8 +170,10 @@ def _of_config(config: Mapping[str, Any], where: str) -> _Settings:
     )
     if not timm:
         return found
-    missing = {name: value for name, value in _TIMM.items() if getattr(found, name) is None}
-    return _Settings(**{**{f.name: getattr(found, f.name) for f in fields(found)}, **missing})
+    missing: dict[str, Any] = {
+        name: value for name, value in _TIMM.items() if getattr(found, name) is None
+    }
+    return replace(found, **missing)
 
 
 def _of_processor(values: Mapping[str, Any], where: str) -> _Settings:

@@ -1,10 +1,9 @@
 """One pass over a dataset: squares of per-example gradients, and blocks, added batch by batch."""
 
-import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from consolidate.estimation.whole_batch import (
     compare_rows,
     doubt_of_rows,
 )
+from consolidate.runtime.devices import release_memory
 from formats.errors import InputError
 
 
@@ -216,10 +216,7 @@ class Pass:
             self._first = None
             self._plan = self._plan if self._verified else None
             self._note(f"out of memory with {len(batch)} examples: continuing with {self._most}")
-            gc.collect()  # And the cached memory, in pieces too small for the next batch.
-            backend: Any = getattr(torch, self._place.device.type, None)
-            if hasattr(backend, "empty_cache"):
-                backend.empty_cache()
+            release_memory(self._place.device)
         return False
 
     def _add(self, batch: Batch) -> None:
@@ -260,7 +257,7 @@ class Pass:
         """Report the modules that do not use the method that was tried first, and why."""
         notes = []
         if (why := plan.only_single) is not None:
-            notes = [_only_single(why)]
+            notes = [f"the model accepts only one example at a time ({why}): continuing by loop"]
         names: dict[tuple[str, str | None, str], list[str]] = {}
         for name, (method, error) in plan.failures.items():
             if (now := method_of(plan.levels[name])) != method:
@@ -404,10 +401,6 @@ def where_in_data(batch: Batch) -> str:
     if indices == [*range(indices[0], indices[0] + len(indices))]:
         which = f"{indices[0]} to {indices[-1]}"
     return f"batch {batch.number} (examples {which})"
-
-
-def _only_single(why: str) -> str:
-    return f"the model accepts only one example at a time ({why}): continuing by loop"
 
 
 def _fallen(method: str, error: str | None, now: str, names: Iterable[str]) -> str:

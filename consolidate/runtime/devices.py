@@ -1,5 +1,8 @@
 """The device that computations run on."""
 
+import gc
+from typing import Any
+
 import torch
 
 from consolidate.runtime.torchrun import world_size
@@ -33,3 +36,11 @@ def best_device(name: str | None = None) -> torch.device:
 def dtype_of_name(name: str | None) -> torch.dtype | None:
     """Return the dtype of that name, such as ``float32``; None for None."""
     return None if name is None else getattr(torch, name)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what is no longer used, and cached memory in pieces that are too small."""
+    gc.collect()
+    backend: Any = getattr(torch, device.type, None)
+    if hasattr(backend, "empty_cache"):
+        backend.empty_cache()

@@ -42,11 +42,11 @@ class Subject:
 
 def card_text(ledger: Ledger, subject: Subject) -> str:
     """Fill in card.md; parts, separated by two blank lines, are left out if a field is None."""
-    matrix, merged = ledger_matrix(ledger), side_by_side_text(side_by_side(ledger))
+    matrix, branches = ledger_matrix(ledger), side_by_side(ledger)
     rule = ledger.merge_rule + (f", γ = {ledger.gamma:g}" if ledger.merge_rule == "online" else "")
     copied = copies(ledger)
     unprotected = [why for name, why in ledger.unprotected.items() if name not in copied]
-    several = len(subject.base_model) > 1 or subject.relation == "merge" or side_by_side(ledger)
+    several = len(subject.base_model) > 1 or subject.relation == "merge" or branches
     found = {
         **_what(subject),
         **_use(ledger, subject),
@@ -56,7 +56,7 @@ def card_text(ledger: Ledger, subject: Subject) -> str:
         "weights": set_digest(ledger.weights),
         "tasks": _tasks(ledger),
         "matrix": matrix and matrix_table(matrix_summary(matrix)),
-        "side_by_side": f" {merged}".rstrip(),
+        "side_by_side": f" {side_by_side_text(branches)}".rstrip(),
         "measured": _measured(ledger),
         "values": f"{sum(record.count for record in ledger.fisher.values()):,}",
         "dtype": next(iter(ledger.fisher.values())).dtype,
