@@ -75,7 +75,7 @@ LANGUAGE_MODEL = {
     "free": Grid((1e-4, 3e-4, 1e-3)),
     "l2": Grid(TEXT_RATES, (0.03, 0.1, 0.3)),
     "ewc": EWC_OF_TEXT,
-    "inputs": EWC_OF_TEXT,
+    "inputs": Grid(TEXT_RATES, (1e1, 1e2, 1e3, 1e4)),
     "ewc_generated": EWC_OF_TEXT,
     "ewc_random": EWC_OF_TEXT,
     "replay_generated": Grid((1e-4, 3e-4), (0.1, 0.3)),
@@ -83,6 +83,7 @@ LANGUAGE_MODEL = {
     "ewc_prompted": EWC_OF_TEXT,
     "inputs_prompted": EWC_OF_TEXT,
     "ewc_opened": EWC_OF_TEXT,
+    "inputs_opened": EWC_OF_TEXT,
     "ewc_mails": EWC_OF_TEXT,
 }
 SMALL_TEXT_RATES = (3e-4, 1e-3, 3e-3)
