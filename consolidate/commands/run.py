@@ -344,7 +344,7 @@ def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
     """Say why a step has to be done; None if it is up to date."""
     record = read_step_record(step.record)
     if record is None:
-        return "not made yet"
+        return "not made before"
     if record.made is None:
         return "not finished"
     changed = [changes(record.made_from, described)]

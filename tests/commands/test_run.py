@@ -550,11 +550,11 @@ def test_a_dry_run_lists_a_finished_step_once(
 def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text, err = run_cli(capsys, "run", tasks, "--dry-run")
     assert (code, err) == (0, "")
-    assert "01-a  to be done: not made yet\n" in text
+    assert "01-a  to be done: not made before\n" in text
     assert text.endswith("Dry run: nothing was done.\n")
     code, text, err = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other")
     assert code == 0
-    assert "02-b, step 3 of 4: not made yet" in err
+    assert "02-b, step 3 of 4: not made before" in err
     assert "after \\ on       a       b       c" in text
     assert text.endswith(f"last checkpoint: {tmp_path / 'other' / '03-c'}\n")
     code, text, _ = run_cli(capsys, "run", tasks, "--output-dir", tmp_path / "other")
