@@ -140,6 +140,24 @@ def test_noise_alone_is_one_context() -> None:
     assert recognition(played, recognise(frames, window=8), 1)[1:4] == (1, 0, 0)
 
 
+@pytest.mark.parametrize("stays", [0.9, 0.98])
+def test_a_game_that_changes_slowly_is_not_split(stays: float) -> None:
+    random = np.random.default_rng(0)
+    places = 0.3 * (random.random((3, 200)) < 0.25)  # where a game shows something, how often
+    played = [game for game in (0, 1, 0, 2, 1, 2, 0) for _ in range(600)]
+    frames: list[NDArray[np.int64]] = []
+    for before, game in itertools.pairwise([-1, *played]):
+        drawn = (random.random(200) < places[game]).astype(np.int64)
+        kept = (random.random(200) < stays) & (game == before)
+        frames.append(np.where(kept, frames[-1] if frames else drawn, drawn))
+    options = {"window": 16, "prior": 1.0, "most": 12, "joined": True}
+    found = recognition(played, recognise(frames, **options), 1)
+    assert found.purity > 0.97
+    assert found.found == found.switches == 6
+    assert found.contexts <= 4
+    assert found.false_alarms <= 1
+
+
 def test_games_beyond_the_most_contexts_go_to_known_ones() -> None:
     _, frames = stream([0, 1, 2, 3], 60)
     assert max(recognise(frames, most=2)) == 1
