@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -104,7 +104,7 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
     place = _Place(target)
     _check_name(place.target, _LONGEST_OF_FOLDER)
     _refuse_content(place.target, overwrite)
-    _check_parent(target, place.target)
+    _check_parent(target, [*([place.target] if place.mounted else []), *place.target.parents])
 
 
 def recover(target: Path) -> None:
@@ -189,7 +189,7 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path} is a device or a pipe; name a file")
     place = Path(os.path.realpath(path))
     _check_name(place, _LONGEST_OF_FILE)
-    _check_parent(path, place)
+    _check_parent(path, place.parents)
 
 
 def check_own_file(path: Path, kind: str, is_own: Callable[[str], bool]) -> None:
@@ -303,9 +303,9 @@ def _check_name(place: Path, ending: int) -> None:
         )
 
 
-def _check_parent(given: Path, place: Path) -> None:
-    """Refuse a place whose nearest existing parent is not a writable folder."""
-    parent = next(folder for folder in place.parents if folder.exists())
+def _check_parent(given: Path, above: Iterable[Path]) -> None:
+    """Refuse a place if the nearest existing one of the folders above is not a writable folder."""
+    parent = next(folder for folder in above if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(
             f"{given} cannot be created: {parent} is not a writable folder; choose another place"

@@ -25,7 +25,10 @@ _KINDS: dict[str, Callable[[Path], Rows]] = {
     ".npz": TensorRows,
 }
 DATA_SUFFIXES = tuple(_KINDS)
-_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+_SPLITS = (
+    *("train", "training", "validation", "valid", "val", "dev"),
+    *("eval", "evaluation", "test", "testing", "holdout"),
+)
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -103,6 +106,11 @@ def _open_folder(folder: Path, split: str | None) -> Rows:
     if len(splits) > 1:
         names = ", ".join(splits)
         raise InputError(f"{folder} contains several splits; set split to one of: {names}")
+    if splits and (others := [f.name for f in files if not _belongs(f.stem.lower(), splits[0])]):
+        raise InputError(
+            f"{folder} contains the split {splits[0]} and other files, as {others[0]}; set split "
+            "to it, or move the others away"
+        )
     if files:
         return _open_files(folder, files)
     if splits:

@@ -90,7 +90,7 @@ def resolve(data: str, folder: Path) -> str:
         return f"{PREFIX}{folder / expanded(task)}" if is_task_file(task) else data
     try:
         local = folder / expanded(data)
-        if not local.exists() and _looks_like_hub_id(data):
+        if not local.exists() and looks_like_hub_id(data):
             return data
     except OSError as error:  # too long
         raise InputError(f"{data[:80]!r} is not a valid path: {error}") from None
@@ -99,7 +99,8 @@ def resolve(data: str, folder: Path) -> str:
     return str(local)
 
 
-def _looks_like_hub_id(data: str) -> bool:
+def looks_like_hub_id(data: str) -> bool:
+    """Whether data may be the id of a dataset on the Hub."""
     return is_hub_id(data) and Path(data).suffix.lower() not in DATA_SUFFIXES
 
 
@@ -123,7 +124,7 @@ def open_task(spec: str | Path, *, split: str | None = None) -> tuple[TaskFile, 
     options = {"split": task.split, "subset": task.subset, "revision": task.revision}
     try:
         # a folder of the same name in the current folder is not what the file refers to
-        if _looks_like_hub_id(task.data):
+        if looks_like_hub_id(task.data):
             return task, open_hub(task.data, **options)
         return task, open_data(Path(task.data), **options)
     except (InputError, UsageError) as error:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from consolidate.api import finetune
 from support import loopback_hub
-from support.networks import SIZES, make_network
+from support.networks import FAST, SIZES, make_network
 
 
 @pytest.fixture
@@ -41,6 +42,15 @@ def write_task(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def learned(network_checkpoint: Path, write_task: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint that knows task a."""
+    out = tmp_path / "first"
+    options = {**FAST, "epochs": 20, "penalty": "none"}
+    finetune(network_checkpoint, write_task("a", count=120), output_dir=out, **options)
+    return out
 
 
 @pytest.fixture

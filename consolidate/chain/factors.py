@@ -150,8 +150,8 @@ def module_factors(
     """
     if (factors := factors_of(chain)) is None or not factors.blocks:
         return None
-    matrices, blocks = layout.factors_to_module(*factors)
     alone, where = layout.loaded_alone(), chain.factor_anchor or weights
+    matrices, blocks = renamed_factors(factors.matrices, factors.blocks, alone)
     kept = covered(blocks)
     around = {name: where[name] for name in factors.covered if alone.get(name) in kept}
     return {
@@ -170,7 +170,7 @@ def measured_factors(diagonal: FisherDiagonal, layout: Layout) -> Factors:
     alone = layout.stored_alone()
     lost = [b.parameters[0] for b in diagonal.blocks.values() if not set(b.parameters) <= {*alone}]
     _report_lost(lost, "the file stores these weights in another form")
-    return Factors(*layout.factors_to_file(diagonal.factors, diagonal.blocks))
+    return Factors(*renamed_factors(diagonal.factors, diagonal.blocks, alone))
 
 
 def merged_factors(

@@ -66,6 +66,11 @@ class Inputs:
             return self.before.ledger.weights
         return weight_records(self.source.weights)
 
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """The description of the task's data, as they are when it is first asked for."""
+        return rows_content(self.task_file, self.rows)
+
     def content(self, ledger: Path | None, of_base: StoredFisher | None = None) -> dict[str, Any]:
         """Describe checkpoint and base model by content, each with its ledger where it counts."""
         content, base = checkpoint_content(self.source, ledger, self.records), self.source.base
@@ -85,7 +90,7 @@ class Inputs:
 
         With the values of SETTLED; the kind of the device counts, not its number.
         """
-        wanted = asked(options, rows_content(self.task_file, self.rows))
+        wanted = asked(options, self.data)
         settled["device"] = best_device(options.source.device).type
         settled["processes"] = place_in(all_processes())[1]
         settled |= {"merge_rule": self.merging.merge_rule, "gamma": self.merging.gamma}

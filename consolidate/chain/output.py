@@ -42,9 +42,15 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 def check_output(target: Path, source: Checkpoint, *, overwrite: bool, whole: bool) -> None:
     """Refuse before the work what would fail after it: an existing target, or too little space."""
     refuse_existing(target, overwrite=overwrite)
+    place = target.resolve()
     if whole and source.path.is_dir():
+        if source.path.resolve() in place.parents:
+            raise InputError(
+                f"{target} is inside the checkpoint {source.path}, whose files the output has too: "
+                "choose a folder outside of it"
+            )
         list(other_files(source))  # refuses a link that could not be copied
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    parent = next(folder for folder in (place, *place.parents) if folder.exists())
     needed = output_bytes(source, whole=whole)
     free = shutil.disk_usage(parent).free
     if free < needed:

@@ -318,7 +318,7 @@ def _how_measured(diagonal: FisherDiagonal | None) -> dict[str, Any]:
 def _layers(fisher: Mapping[str, Tensor], total: Mapping[str, Tensor]) -> dict[str, LayerRecord]:
     return {
         at: LayerRecord(
-            trace=float(values.double().sum()),
+            trace=float(values.cpu().double().sum()),  # MPS has no float64
             overlap=fisher_overlap(values, total[at]) if at in total else None,
         )
         for at, values in fisher.items()

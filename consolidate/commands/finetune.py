@@ -132,6 +132,8 @@ def _dry_run(options: FinetuneOptions, cut: ProcessGroup | None) -> FinetuneDryR
 def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneDone:
     """Train, measure and write what a plan says, sharded among the processes of `cut`."""
     options, group = plan.options, work.group
+    if options.saving.data_digest and is_first(group):
+        _ = plan.description  # of the files as they are read, even if they change meanwhile
     found = work.start()
     start = load_start(plan, cut)
     measure = _measuring(plan, start)

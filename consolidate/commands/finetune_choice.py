@@ -12,6 +12,7 @@ from consolidate.training.lambda_search import choose_rule
 from consolidate.views.charts import check_picture
 from formats.benchmark import benchmark_task
 from formats.errors import UsageError
+from formats.task_file import read_task_file
 
 if TYPE_CHECKING:
     from consolidate.commands.finetune_start import Start
@@ -102,7 +103,11 @@ def same_data(one: str | Path, other: str | Path) -> bool:
 
 
 def _place(data: str | Path) -> str:
+    """Name what data are read from; a task file names it, and maybe a split of it."""
     path = Path(data)
+    if path.suffix.lower() == ".toml" and path.is_file():
+        task_file = read_task_file(path)
+        return " ".join(filter(None, (_place(task_file.data), task_file.split)))
     return str(path.resolve()) if path.exists() else str(data)
 
 

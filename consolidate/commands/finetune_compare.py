@@ -12,8 +12,9 @@ from consolidate.commands.finetune_weights import stored_weights, take_stored_va
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.results import Comparison, LambdaSearch
 from consolidate.runtime import signals
-from consolidate.training.evaluation import tensors_of
-from formats.errors import NonFiniteError
+from consolidate.training.evaluation import copies_of, put_back
+from formats.atomic import partial_path
+from formats.errors import InputError, NonFiniteError
 from formats.partial_work import StoredWork
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def train_without_penalty(
         return None, rest
     if rest is not None and "comparison" in rest.state:
         return rest.state["comparison"], rest
+    if rest is not None and {"training", "trained"} & rest.state.keys():
+        raise InputError(
+            f"{partial_path(plan.target)} is saved progress of the same run without "
+            "--compare-none: leave it out to resume, or discard the progress with --restart"
+        )
     with torch.random.fork_rng():  # the run that follows must not see it
         without = _train(plan, start, work, found if comparing else None, search)
     compared = _comparison(plan, without)
@@ -77,7 +83,7 @@ def _train(
     """Train without a penalty and measure; None where it diverges."""
     LOG.info("training without a penalty, for comparison")
     model, recipe = start.model, plan.recipe
-    values = {name: t.detach().clone() for name, t in tensors_of(model.module).items()}
+    values = copies_of(model.module)
     last = f"step {run_length(start, recipe)}"
     measured: Metrics = {}
 
@@ -101,7 +107,5 @@ def _train(
         diverged = error
         LOG.info("without a penalty training diverged: %s", error)
     finally:
-        with torch.no_grad():
-            for name, tensor in tensors_of(model.module).items():
-                tensor.copy_(values[name])
+        put_back(model.module, values)
     return None if diverged is not None else measured

@@ -1,10 +1,9 @@
 """Nats of loss that the earlier tasks gain: as their Fisher predicts them, and as measured."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from consolidate.ewc.penalty import WeightPenalty
-from consolidate.training.forgetting import Scores, rises
 from formats.fisher_json import Ledger
 
 
@@ -40,8 +39,3 @@ def quadratic(penalty: WeightPenalty) -> float:
         return penalty.value()
     finally:
         penalty.ewc_lambda = ewc_lambda
-
-
-def nats_lost(metrics: Mapping[str, Scores], tasks: Collection[str]) -> dict[str, float]:
-    """Give the rise of the loss on each old task that was measured: after − before, per unit."""
-    return rises(metrics.get("before", {}), metrics.get("after", {}), tasks)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from consolidate.chain.tasks import Training, add_task, with_structure
 from consolidate.chain.up_to_date import recorded_fisher
-from consolidate.commands.finetune_nats import nats_lost
 from consolidate.commands.measurement_report import (
     encoded_as,
     encoding_record,
@@ -35,7 +34,7 @@ from consolidate.results import (
 from consolidate.results import Interpolation as InterpolationResult
 from consolidate.results import Replayed as ReplayedResult
 from consolidate.runtime.progress import seconds_of
-from consolidate.training.forgetting import scores_of
+from consolidate.training.forgetting import rises, scores_of
 from consolidate.views.output_card import write_card
 from formats.atomic import replace_folder, write_file
 from formats.checkpoint import write_checkpoint
@@ -75,7 +74,7 @@ def write_output(
         diagonal,
         name=opened.task,
         data=opened.rows.name,
-        data_digest=opened.rows.digest() if digests else None,
+        data_digest=opened.data["digest"] if digests else None,
         made_from=plan.made_from() if digests else None,
         training=training,
         encoded=encoding_record(options.encoding, opened.rows, opened.columns),
@@ -160,7 +159,7 @@ def trained_record(
     replayed = None
     if plan.replay is not None and start.replay is not None:
         rows, digests = plan.replay[1], plan.options.saving.data_digest
-        digest = rows.digest() if digests else None
+        digest = plan.description["replay"]["digest"] if digests else None
         replayed = Replayed(rows.name, digest, float(start.replay.share))
     return Training(
         ewc_lambda, kind, on, parent, trained.metrics, between, replayed, kept, found or None
@@ -192,7 +191,11 @@ def _known(
         "metrics": task.metrics,
         "benchmarks": cast(dict[str, BenchmarkResult], asdict(task)["benchmarks"] or {}),
         "forgotten": scores_of(task.metrics, plan.old_tasks),
-        "measured_nats": nats_lost(task.metrics, [*plan.old_tasks, *of_base]),
+        "measured_nats": rises(
+            task.metrics.get("before", {}),
+            task.metrics.get("after", {}),
+            [*plan.old_tasks, *of_base],
+        ),
         "fisher": None if fisher is None else {"folder": str(target / "fisher"), **fisher},
     }
 

@@ -22,7 +22,7 @@ from consolidate.options import Recipe
 from consolidate.results import LambdaSearch
 from consolidate.results import Trial as TrialResult
 from consolidate.runtime.distributed import all_processes, dealt, is_first
-from consolidate.training.evaluation import divergence, tensors_of
+from consolidate.training.evaluation import copies_of, divergence, put_back
 from consolidate.training.forgetting import beyond, forgetting
 from consolidate.training.lambda_search import (
     More,
@@ -155,8 +155,7 @@ class _Search:
         self.plan, self.recipe, self.penalty = plan, recipe, start.penalty
         self.held = HeldOut(plan, start, recipe.seed)
         self.start = replace(start, examples=self.held.examples)
-        tensors = tensors_of(start.model.module)
-        self.values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.values = copies_of(start.model.module)
         self.before = self.held.measure(recipe.batch_size)
 
     def train(self, steps: int) -> None:
@@ -187,9 +186,7 @@ class _Search:
         except NonFiniteError as error:
             squares = None
             LOG.info("λ = %g diverged: %s", strength, error)
-        with torch.no_grad():
-            for name, tensor in tensors_of(self.start.model.module).items():
-                tensor.copy_(self.values[name])
+        put_back(self.start.model.module, self.values)
         if metrics is not None:
             scores = ", ".join(f"{name} {found['score']:.4f}" for name, found in metrics.items())
             LOG.info("λ = %g, %d steps: %s", strength, length, scores)

@@ -34,7 +34,7 @@ from consolidate.runtime.devices import best_device
 from consolidate.runtime.shards import shard
 from formats.errors import UsageError
 from formats.rows import Rows
-from formats.task_file import open_task
+from formats.task_file import TaskFile, open_task
 
 if TYPE_CHECKING:
     from consolidate.commands.finetune_plan import Plan
@@ -201,11 +201,23 @@ def _encode_named(
     encoded = {}
     for name, spec in data.items():
         task_file, rows = open_task(spec)
-        # A task file of its own knows better than the options, which are the new task's.
-        columns = Columns(**{**asdict(plan.opened.columns), **task_file.columns()})
+        columns = _columns_of(plan, task_file, rows)
         loss_on = _loss_on(plan, rows, columns, name)
         encoded[name] = _encode(plan, rows, with_heads.get(name, model), columns, loss_on)
     return encoded
+
+
+def _columns_of(plan: "Plan", task_file: TaskFile, rows: Rows) -> Columns:
+    """Name the columns of test data: as their task file does, else as the new task's.
+
+    Where the task file names what the model reads, the new task's names that the rows lack are left
+    out.
+    """
+    columns, stated = asdict(plan.opened.columns), task_file.columns()
+    if stated.keys() - {"label", "target"}:
+        there = {"label", "target"} | {r for r, name in columns.items() if name in rows.columns}
+        columns = {role: name for role, name in columns.items() if role in there}
+    return Columns(**{**columns, **stated})
 
 
 def _encode_replay(plan: "Plan", model: Model, new: Examples) -> Replay | None:

@@ -110,6 +110,8 @@ def measure(plan: Plan, cut: ProcessGroup | None) -> FisherResult:
         plan.check_target()
         if is_first(group):
             _ = plan.records  # digests of what is measured, even if the files change meanwhile
+            if options.saving.data_digest:
+                _ = plan.data
     _ = plan.task  # refuse a name that the chain already has before anything is loaded
     model, encoded, module = _load(plan, cut)
     if options.dry_run:
@@ -282,7 +284,7 @@ def _check_task(plan: Plan, task: TaskRecord, model: Model, columns: Columns) ->
         )
     remedy = f"the Fisher of {task.name} is measured on data of that task"
     check_labels(plan.rows, model, columns, remedy=remedy)
-    if task.data_digest not in (None, plan.rows.digest()):
+    if task.data_digest not in (None, plan.data["digest"]):
         LOG.info(
             "%s was trained on other rows (%s) than %s: its Fisher is measured on the latter",
             task.name,
@@ -355,7 +357,7 @@ def _write(
         records=plan.records,
         name=plan.task,
         data=plan.rows.name,
-        data_digest=plan.rows.digest() if digests and generated is None else None,
+        data_digest=plan.data["digest"] if digests and generated is None else None,
         made_from=json_digest(plan.description(plan.earlier)) if digests else None,
         training=None if plan.origin is None else plan.origin.training(),
         encoded=encoded,

@@ -10,7 +10,7 @@ import torch
 
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.data.examples import Examples, subset
-from consolidate.estimation.batches import model_outputs, place_of, placed
+from consolidate.estimation.batches import eval_mode, model_outputs, place_of, placed
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
@@ -201,12 +201,9 @@ def settled_on_texts(estimation: Estimation, model: Model, *, unchanged: bool) -
 
 def default_estimator(model: Model, examples: Examples) -> str:
     """Return ``exact`` where an example has up to EXACT_UP_TO outcomes, and ``mc`` beyond."""
-    training = model.module.training
-    model.module.eval()
-    with torch.no_grad():
+    with eval_mode(model.module), torch.no_grad():
         batch = next(iter(examples.batches(1, order=[0])))
         inputs, labels = placed(place_of(model.module), *batch)
         outputs = model_outputs(model.module, inputs, labels)
-    model.module.train(training)
     outcomes = get_likelihood(model.objective.likelihood).outcomes(outputs, labels)
     return "exact" if outcomes <= EXACT_UP_TO else "mc"

@@ -80,8 +80,8 @@ def report(options: ReportOptions) -> ReportResult:
     for path, data in content.items():
         write_file(path, data)
     for path in pictures:
-        if path not in content:  # of an earlier report
-            path.unlink(missing_ok=True)
+        if path not in content and path.exists() and _is_ours(path):  # of an earlier report
+            path.unlink()
     if not can_draw():
         LOG.warning("%s has no plots, which need matplotlib: %s", page, INSTALL)
     return {
@@ -104,11 +104,14 @@ def _pictures(plots: str | Path | None) -> list[Path]:
 def _check_free(path: Path, *, overwrite: bool) -> None:
     """Refuse, before any work, a file that cannot or must not be written."""
     check_file(path)
-    if path.exists() and not overwrite:
-        with path.open("rb") as file:
-            start = file.read(1024)
-        if MARK.encode() not in start:
-            raise InputError(
-                f"{path} already exists and is not a report by consolidate: choose another name, "
-                "or replace it with --overwrite"
-            )
+    if path.exists() and not overwrite and not _is_ours(path):
+        raise InputError(
+            f"{path} already exists and is not a report by consolidate: choose another name, or "
+            "replace it with --overwrite"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file bears the mark of a report or of its plots."""
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(1024)

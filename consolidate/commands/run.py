@@ -19,7 +19,7 @@ from consolidate.chain.fingerprint import (
     module_content,
     versions,
 )
-from consolidate.chain.opening import find_fisher
+from consolidate.chain.opening import find_fisher, named_base
 from consolidate.chain.tasks import settled_merging
 from consolidate.commands.finetune import finetune
 from consolidate.commands.finetune_options import check_options
@@ -47,15 +47,13 @@ from consolidate.views.matrix import ledger_matrix, matrix_summary
 from formats.atomic import has_content, replace_folder, write_file
 from formats.benchmark import benchmark_task
 from formats.checkpoint import open_checkpoint, weight_records
-from formats.data import DATA_SUFFIXES
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import read_ledger
 from formats.hub import locate
-from formats.hub_dataset import is_hub_id
 from formats.run_file import RunFile, read_run_file
 from formats.step_record import StepRecord, read_step_record, write_step_record
-from formats.task_file import open_task, read_task_file
+from formats.task_file import looks_like_hub_id, open_task, read_task_file
 from formats.tensors import write_tensors
 
 LOG = logging.getLogger("consolidate")
@@ -206,7 +204,7 @@ def _is_missing(data: str) -> bool:
     if Path(data).suffix.lower() == ".toml" and Path(data).expanduser().is_file():
         data = read_task_file(Path(data).expanduser()).data
     path = Path(data).expanduser()
-    may_be_on_hub = is_hub_id(data) and path.suffix.lower() not in (*DATA_SUFFIXES, ".toml")
+    may_be_on_hub = looks_like_hub_id(data) and path.suffix.lower() != ".toml"
     return not (path.exists() or may_be_on_hub)
 
 
@@ -231,7 +229,7 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
         fisher_at = run_file.fisher if number == 1 else None
         evaluate = run_file.evaluate | {name: tests[name] for name in seen if name in tests}
         target = output / f"{number:02d}-{task.name}"
-        free = own.get("penalty", "ewc" if has_fisher else "none") == "none"
+        free = own.get("penalty", "ewc" if has_fisher or number > 1 else "none") == "none"
         values = (without_penalty(defaults) if free else defaults) | own
         if values.get("no_fisher") and not values.get("measure"):
             values = without_estimation(values, kept=own)
@@ -247,6 +245,11 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
             penalty = replace(options.penalty, fisher=fisher_at)
             options = replace(options, gate=gate, penalty=penalty)
             with _located(at):  # refused before the first task is trained
+                if penalty.penalty == "ewc" and not has_fisher:
+                    raise UsageError(
+                        "no task before it has a Fisher, which the penalty needs: leave no-fisher "
+                        'out of them, or set penalty to "l2" or "none"'
+                    )
                 check_options(options)
                 settled_merging(None, options.merging)
             steps.append(Step(target, options))
@@ -281,8 +284,10 @@ def _fresh(run_file: RunFile, defaults: Mapping[str, Any]) -> Fresh:
 
 
 def _has_fisher(run_file: RunFile, start: Path) -> bool:
-    """Return whether a start has a Fisher; refuse one with a task of the run."""
+    """Return whether a start has a Fisher, or its base model; refuse one with a task of the run."""
     stored_at = find_fisher(start, run_file.fisher)
+    if stored_at is None and (base := named_base(open_checkpoint(start))) is not None:
+        return find_fisher(Path(base), None) is not None
     known = [t.name for t in read_ledger(stored_at / LEDGER_NAME).tasks] if stored_at else []
     for task in run_file.tasks:
         if task.name in known:
@@ -367,6 +372,7 @@ def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
 def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     """Make a step's checkpoint, then its record."""
     unfinished, record = StepRecord(described, None), read_step_record(step.record)
+    _refuse_additions(step, record)
     # A step that was stopped just before it was recorded as made has nothing left to do.
     again = record is not None and record.made is not None
     if record != unfinished:
@@ -384,6 +390,21 @@ def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     else:
         finetune(replace(makes, saving=replace(makes.saving, restart=restart)), again=again)
     write_step_record(step.record, StepRecord(described, _identity(step.target)))
+
+
+def _refuse_additions(step: Step, record: StepRecord | None) -> None:
+    """Refuse to replace a folder with other files beside the weights than the step has made."""
+    if record is None or record.made is None or not has_content(step.target):
+        return
+    try:
+        files = _identity(step.target)["files"]
+    except ConsolidateError:
+        return  # damaged
+    if files != record.made["files"]:
+        raise InputError(
+            f"{step.target} has files that were added or changed since the step was made, and "
+            "would be lost: move them away, or delete the folder"
+        )
 
 
 @contextmanager

@@ -130,6 +130,7 @@ def harnessed(data: str | Path, seed: int, module: Any = None) -> Iterator[None]
         stack.enter_context(redirect_stderr(io.StringIO()))
         if device.type == "cuda":
             stack.enter_context(torch.random.fork_rng(devices=[device]))
+            stack.enter_context(torch.cuda.device(device))
             torch.cuda.manual_seed(seed)
         stack.enter_context(untouched_randomness(seed))
         try:

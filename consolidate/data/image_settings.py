@@ -1,6 +1,5 @@
 """How images become inputs of a user's own module: as options and the checkpoint's files say."""
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from torch import nn
 
 from consolidate.data.preprocessing import PROCESSOR_FILE, Preprocessing
 from consolidate.options import INTERPOLATIONS, Images
+from formats.checkpoint_files import read_json
 from formats.errors import InputError
 
 _BY_NUMBER = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # of Pillow
@@ -50,7 +50,7 @@ def read_preprocessing(
     """
     processor = folder / PROCESSOR_FILE
     if processor.is_file():
-        found, where = _of_processor(_read(processor), str(processor)), str(processor)
+        found, where = _of_processor(read_json(processor), str(processor)), str(processor)
     else:
         where = str(folder / "config.json")
         found = _of_config(config, where)
@@ -131,16 +131,6 @@ def _before_crop(side: int, share: float) -> int:
 def _pair(sides: Iterator[int]) -> tuple[int, int]:
     height, width = sides
     return height, width
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON, found something else: {error}") from None
-    if not isinstance(found, Mapping):
-        raise InputError(f"{path}: expected an object, found a {type(found).__name__}")
-    return found
 
 
 def _of_config(config: Mapping[str, Any], where: str) -> _Settings:

@@ -39,6 +39,7 @@ def label_values(
         return list(stated)
     found: set[str] = set()
     lengths: set[int] = set()
+    numbered: tuple[int, Any] | None = None  # the first row with a number that is no text
     values = rows.values(column) if rows.tensors is None else _distinct(within_int64(rows, column))
     for i, value in enumerate(values):
         several = objective in ("multi-label", "token-classification")
@@ -56,6 +57,13 @@ def label_values(
                 raise no_class(rows.where(i, column), one)
             if number != -100 or objective != "token-classification":
                 found.add(str(one) if number is None else str(number))
+                if number is not None and not isinstance(one, str):
+                    numbered = numbered or (i, one)
+    if numbered and stated is None and not used and not _numbers(found):
+        raise InputError(
+            f"{rows.where(numbered[0], column)}: expected text, as other labels are names, found "
+            f"the number {numbered[1]!r}: write all labels as text"
+        )
     if stated is not None:
         return [name for i, name in enumerate(stated) if {str(i), name} & found]
     if objective == "multi-label" and found <= {"0", "1"} and len(lengths) == 1:

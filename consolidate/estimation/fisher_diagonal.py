@@ -284,6 +284,11 @@ def _measurable(model: nn.Module) -> dict[str, nn.Parameter]:
         raise InputError(
             "the model has no parameter that requires gradients; unfreeze those to be measured"
         )
+    if len(devices := {p.device for p in model.parameters()}) > 1:
+        raise InputError(
+            f"the model's parameters are on several devices ({', '.join(map(str, devices))}): "
+            "expected one; put them all on one, or measure with --shard in several processes"
+        )
     if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
         raise InputError(
             f"the parameter {complex_ones[0]!r} is complex, and its Fisher would be a matrix; "
@@ -439,6 +444,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             setattr(owner, name, value)
         with (
             eval_mode(model),
+            _recurrent_in_training_mode(model),
             torch.inference_mode(False),
             torch.enable_grad(),
             checkpointing_in_eval_mode(model),
@@ -459,10 +465,22 @@ def _measuring(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(copy)
 
 
+@contextmanager
+def _recurrent_in_training_mode(model: nn.Module) -> Iterator[None]:
+    """Put recurrent layers into training mode without dropout: cuDNN differentiates no other."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.RNNBase)]
+    before = [(layer.training, layer.dropout) for layer in layers]
+    try:
+        for layer in layers:
+            layer.training, layer.dropout = True, 0.0
+        yield
+    finally:
+        for layer, (training, dropout) in zip(layers, before, strict=True):
+            layer.training, layer.dropout = training, dropout
+
+
 def _products() -> list[Any]:
-    """Return torch's settings for the precision of float32 products; none exist before 2.9."""
-    backends = torch.backends
-    kinds = [(backends.cuda, "matmul"), (backends.mkldnn, "matmul")]
-    kinds += [(of, kind) for of in (backends.cudnn, backends.mkldnn) for kind in ("conv", "rnn")]
-    found = [getattr(of, kind, None) for of, kind in kinds]
-    return [one for one in found if hasattr(one, "fp32_precision")]
+    """Return torch's settings for the precision of float32 products."""
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    return [backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]

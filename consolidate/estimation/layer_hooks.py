@@ -117,7 +117,11 @@ class Recording:
         self.recording_forward = False
         self.sink = sink
         try:
-            torch.autograd.grad(outputs, self.anchor, vector, retain_graph=keep, allow_unused=True)
+            # Hooks in this thread: on an accelerator they would not see that the kernel is in use.
+            with torch.autograd.set_multithreading_enabled(False):
+                torch.autograd.grad(
+                    outputs, self.anchor, vector, retain_graph=keep, allow_unused=True
+                )
         finally:
             self.sink = None  # It refers to this recording.
 

@@ -74,7 +74,7 @@ def _squares(
             at = first + tl.arange(0, DEEP)
             place = tl.load(places + at, mask=at < positions, other=0)
             left = tl.load(
-                of_outputs + at[None, :] * rows + row[:, None],
+                of_outputs + tl.cast(at, tl.int64)[None, :] * rows + row[:, None],
                 mask=(at < positions)[None, :] & (row < rows)[:, None],
                 other=0.0,
             )

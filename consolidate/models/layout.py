@@ -138,18 +138,6 @@ class Layout:
         seconds = self.duplicates.items()
         return own | {second: own[first] for second, first in seconds if first in own}
 
-    def factors_to_file(
-        self, factors: Mapping[str, Tensor], blocks: Mapping[str, "Block"]
-    ) -> tuple[dict[str, Tensor], dict[str, "Block"]]:
-        """Name matrices and their parameters as in the file, without those of converted tensors."""
-        return renamed_factors(factors, blocks, self.stored_alone())
-
-    def factors_to_module(
-        self, factors: Mapping[str, Tensor], blocks: Mapping[str, "Block"]
-    ) -> tuple[dict[str, Tensor], dict[str, "Block"]]:
-        """Name matrices and their parameters as in the module, likewise."""
-        return renamed_factors(factors, blocks, self.loaded_alone())
-
     def _distinct(self, groups: Sequence[Group]) -> list[Group]:
         """Use one name for each module tensor, and drop second copies of tied tensors."""
         stored: dict[tuple[str, ...], list[Group]] = {}

@@ -58,13 +58,13 @@ def measure(
                 continue
             likelihood.check_labels(outputs, labels)
             nll = likelihood.negative_log_likelihood(outputs, labels)  # (B,)
-            loss += float(nll.double().sum())
+            loss += float(nll.cpu().double().sum())  # MPS has no float64
             units += int(likelihood.units(labels).sum())
             right = None if language else likelihood.correct(outputs, labels)
             if right is None:
                 uncounted += 1
             else:
-                correct += float(right.double().sum())
+                correct += float(right.cpu().double().sum())
             progress(len(labels))
     loss, units, correct, uncounted, *wishes = summed(
         group, loss, units, correct, uncounted, *signals.wishes()
@@ -108,7 +108,7 @@ def divergence(
             outputs = model_outputs(model, inputs, labels)
             with _at(model, old):
                 past = model_outputs(model, inputs, labels)
-            total += float(likelihood.divergence(past, outputs, labels).double().sum())
+            total += float(likelihood.divergence(past, outputs, labels).cpu().double().sum())
             units += int(likelihood.units(labels).sum())
     total, units = summed(group, total, units)
     return total / max(1, units)
@@ -117,6 +117,18 @@ def divergence(
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return a module's parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def copies_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copy a module's parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give a module's parameters and buffers the values of copies."""
+    for name, tensor in tensors_of(model).items():
+        tensor.copy_(values[name])
 
 
 @contextmanager

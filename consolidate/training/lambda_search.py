@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TypeVar
 
 from consolidate.training.forgetting import ROUNDING
@@ -22,6 +23,7 @@ MOST_WHOLE = 4  # whole runs beyond those begun with, until the rule asks for no
 NOTABLE = 0.01  # in mean score
 LEAST_STEPS = 20  # of a shortened run
 KEPT_GAIN = 0.95
+_protection = attrgetter("protection")
 
 
 class Candidate(ABC):
@@ -230,10 +232,6 @@ def at_an_end(chosen: float, trials: Sequence[Trial]) -> bool:
     """Say whether a better λ may lie beyond those that were tried."""
     strengths = [trial.ewc_lambda for trial in trials if trial.ewc_lambda > 0]
     return chosen > 0 and chosen in (min(strengths), max(strengths))
-
-
-def _protection(candidate: Candidate) -> float:
-    return candidate.protection
 
 
 def _measured(candidates: Sequence[C]) -> list[C]:

@@ -231,6 +231,7 @@ def training_steps(
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     place, sharded = place_of(model), is_sharded(model)
     scaler = scaler or torch.amp.GradScaler(place.device.type, enabled=False)
+    scaler.scale(torch.zeros((), device=place.device))  # as a first step without rows does not
     proximal = _proximal(penalty, optimizer) if recipe.penalty_step == "proximal" else None
     penalty_value = 0.0 if proximal is None else proximal.value()
     grouped = _grouped(batches, recipe.gradient_accumulation_steps)

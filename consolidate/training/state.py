@@ -4,8 +4,9 @@ Of a sharded model it is this process's part.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ def training_state(descent: Descent) -> tuple[dict[str, Tensor], dict[str, Any]]
             if value is not None:
                 name = names[id(parameter)]
                 tensors[f"optimizer/{key}/{name}"] = local(torch.as_tensor(value))
-    for kind, backend in _generators(descent.module):
-        tensors[f"random/{kind}"] = backend.get_rng_state()
+    for kind, (state, _) in _generators(descent.module).items():
+        tensors[f"random/{kind}"] = state()
     schedule = descent.scheduler.state_dict()
     return tensors, {
         "schedule": {key: schedule[key] for key in ("last_epoch", "_step_count", "_last_lr")},
@@ -73,8 +74,8 @@ def load_training(
     descent.scheduler.load_state_dict({**descent.scheduler.state_dict(), **numbers["schedule"]})
     if descent.scaler.is_enabled():
         descent.scaler.load_state_dict(dict(numbers["scaler"]))
-    for kind, backend in _generators(descent.module):
-        backend.set_rng_state(tensors[f"random/{kind}"])
+    for kind, (_, set_state) in _generators(descent.module).items():
+        set_state(tensors[f"random/{kind}"])
 
 
 def trained_tensors(
@@ -110,9 +111,14 @@ def _values(module: nn.Module, frozen: bool) -> dict[str, Tensor]:
     return parameters | {f"buffer/{name}": buffer for name, buffer in module.named_buffers()}
 
 
-def _generators(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the device types whose generators dropout draws from, each with its functions."""
-    yield "cpu", torch
-    kind = next(module.parameters()).device.type
-    if kind != "cpu":
-        yield kind, getattr(torch, kind)
+def _generators(module: nn.Module) -> dict[str, tuple[Callable[[], Tensor], Callable[..., None]]]:
+    """Give, by type of device, what reads and sets the state that dropout draws from."""
+    found = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
+    device = next(module.parameters()).device
+    if device.type == "cuda":  # that of one of several
+        read = partial(torch.cuda.get_rng_state, device)
+        found["cuda"] = (read, partial(torch.cuda.set_rng_state, device=device))
+    elif device.type != "cpu":
+        backend = getattr(torch, device.type)
+        found[device.type] = (backend.get_rng_state, backend.set_rng_state)
+    return found

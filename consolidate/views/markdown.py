@@ -1,9 +1,9 @@
 """Tables and lines, in plain text and in Markdown, for model cards and summaries of CI jobs."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from consolidate.results import Benchmark, Task
+from consolidate.results import Benchmark
 
 _SPECIAL = re.compile(r"([\\`*_\[\]#|<>~$:@])")
 
@@ -50,8 +50,3 @@ def benchmarks_text(benchmarks: Mapping[str, Benchmark]) -> list[str]:
         + f", on {found['examples']:,} examples (lm-eval {found['harness']})"
         for name, found in benchmarks.items()
     ]
-
-
-def benchmarks_of(tasks: Iterable[Task]) -> dict[str, Benchmark]:
-    """Give the benchmarks of all tasks by name, as they were last."""
-    return {name: found for task in tasks for name, found in (task["benchmarks"] or {}).items()}

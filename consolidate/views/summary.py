@@ -7,7 +7,7 @@ from typing import cast
 from consolidate.chain.consistency import side_by_side_text
 from consolidate.data.chats import loss_text
 from consolidate.results import Generated, MatrixSummary, Overlap, ShownFactors, ShowResult, Task
-from consolidate.views.markdown import aligned, benchmarks_of, benchmarks_text, escaped, shown
+from consolidate.views.markdown import aligned, benchmarks_text, escaped, shown
 from consolidate.views.matrix import matrix_rows, matrix_table, means_text
 from formats.fisher_json import UNKNOWN, TaskRecord
 from formats.wording import few, printable
@@ -38,7 +38,8 @@ def show_text(summary: ShowResult) -> str:
         lines += ["", *_table([["after training", "when", "on task", "metrics"], *metrics])]
     if summary["accuracy_matrix"] is not None:
         lines += ["", matrix_text(summary["accuracy_matrix"])]
-        lines += map(printable, benchmarks_text(benchmarks_of(summary["tasks"])))
+        last = {n: b for task in summary["tasks"] for n, b in (task["benchmarks"] or {}).items()}
+        lines += map(printable, benchmarks_text(last))
         if note := side_by_side_text(summary["side_by_side"]):
             lines.append(note)
     if summary["overlap"] is not None:

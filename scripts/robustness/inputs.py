@@ -30,11 +30,13 @@ from typing import Any
 import torch
 
 from formats.errors import ConsolidateError
-from scripts.benchmarks.harness import installed
+from scripts.benchmarks.harness import ROOT, installed
 from scripts.robustness.file_kinds import HarmError, Kind, kinds
 from scripts.robustness.records import Record, add_record, read_records
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
+from support.folders import contents
+
 INPUTS = 120_000
 CHUNK = 500
 CPU_SECONDS, MEMORY = 20, 2 * 2**30
@@ -94,15 +96,6 @@ PROCESSES = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", 
 CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.link": 2}
 CHANGES |= {"os.symlink": 2, "os.truncate": 1, "os.chmod": 1, "os.chown": 1, "os.utime": 1}
 CHANGES |= {"shutil.rmtree": 1, "shutil.move": 2, "os.listxattr": 0, "os.setxattr": 1}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Read every file below a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from scripts.robustness.records import Record, add_record, read_records
 
 sys.path.append(str(ROOT / "tests"))
 from support import loopback_hub, together
+from support.folders import contents
 
 MODULE = """
 from torch import nn
@@ -347,15 +348,6 @@ def phase(folder: Path, whole: Whole) -> str:
     if [*folder.glob(".*.consolidate-new"), *folder.glob("out/.*.consolidate-new")]:
         return "writing"
     return NOTHING
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Read all files below a folder."""
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
 
 
 def broken(folder: Path, whole: Whole) -> list[str]:

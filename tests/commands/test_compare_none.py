@@ -141,6 +141,20 @@ def test_wrong_use_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_has_begun_without_the_comparison_keeps_its_progress(
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "out", {"save_every_minutes": 0}
+    break_off(monkeypatch, 5)
+    with pytest.raises(Killed):
+        compared(learned, out, write_task, compare_none=False, **options)
+    saved = (tmp_path / ".out.consolidate-partial").read_bytes()
+    with pytest.raises(InputError, match="without --compare-none: leave it out to resume"):
+        compared(learned, out, write_task, **options)
+    assert (tmp_path / ".out.consolidate-partial").read_bytes() == saved
+    assert "comparison" in compared(learned, out, write_task, restart=True)
+
+
 @pytest.mark.parametrize("restarts", ["with the comparison", "without it"])
 def test_killed_in_either_training_it_resumes_to_the_same_bytes(
     learned: Path,

@@ -19,6 +19,7 @@ from formats.checkpoint import open_checkpoint, weight_records
 from formats.digest import set_digest
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
+from formats.rows import file_digest
 from support import tiny_models
 from support.checkpoints import Write, measured_by_hand
 from support.faults import Killed, break_off
@@ -27,6 +28,58 @@ from support.json_schema import check_json
 from support.networks import FAST, NETWORK, make_network, normed_network
 
 Train = Callable[..., dict[str, Any]]
+
+
+def test_data_that_change_after_they_were_read_are_not_up_to_date(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    data, held = write_task("new"), write_task("held")
+    read = file_digest(data)
+
+    def change(step: object) -> None:
+        write_task("new", seed=7)
+        write_task("held", seed=7)
+
+    options = {"penalty": "none", "evaluate": {"new": held}, "output_dir": tmp_path / "out", **FAST}
+    consolidate.finetune(network_checkpoint, data, on_step=change, **options)
+    [task] = read_fisher(tmp_path / "out/fisher").ledger.tasks
+    assert task.data_digest == read
+    for name in ("new", "held"):
+        with pytest.raises(InputError, match="not empty"):
+            consolidate.finetune(network_checkpoint, data, **options)
+        write_task(name)
+    assert consolidate.finetune(network_checkpoint, data, **options)["status"] == "cached"
+
+
+def test_an_output_inside_the_start_is_refused(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    before = contents(network_checkpoint)
+    (tmp_path / "link").symlink_to(network_checkpoint)
+    for inside in (network_checkpoint / "runs/a", tmp_path / "link/a"):
+        with pytest.raises(InputError, match="is inside the checkpoint"):
+            consolidate.finetune(
+                network_checkpoint, write_task("new"), output_dir=inside, penalty="none", **FAST
+            )
+    assert contents(network_checkpoint) == before
+
+
+def test_free_space_is_that_of_the_disk_a_link_leads_to(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a folder that is a disk of its own."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "out").symlink_to(other)
+    whole = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: whole._replace(free=5 if path == other else 10**12)
+    )
+    with pytest.raises(InputError, match=f"{other}: not enough disk space: .* found 5"):
+        consolidate.finetune(
+            network_checkpoint, write_task("new"), output_dir=tmp_path / "out", penalty="none",
+            **FAST,
+        )  # fmt: skip
 
 
 @pytest.fixture

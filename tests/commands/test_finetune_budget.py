@@ -42,15 +42,6 @@ def write_task(tmp_path: Path) -> Write:
 
 
 @pytest.fixture
-def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
-    """A checkpoint that knows task a."""
-    out = tmp_path / "first"
-    options = {**FAST, "epochs": 20, "penalty": "none"}
-    finetune(network_checkpoint, write_task("a", count=120), output_dir=out, **options)
-    return out
-
-
-@pytest.fixture
 def held(write_task: Write) -> Path:
     return write_task("a-held", seed=3, count=200)
 

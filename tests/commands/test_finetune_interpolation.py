@@ -26,15 +26,6 @@ from support.networks import FAST, NETWORK
 COMMON: dict[str, Any] = {**FAST, "epochs": 6, "ewc_lambda": 1.0}
 
 
-@pytest.fixture
-def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
-    """A checkpoint that knows task a."""
-    out = tmp_path / "first"
-    options = {**FAST, "epochs": 20, "penalty": "none"}
-    finetune(network_checkpoint, write_task("a", count=120), output_dir=out, **options)
-    return out
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 

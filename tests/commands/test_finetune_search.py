@@ -34,14 +34,8 @@ def noisy(config: dict[str, Any]) -> nn.Sequential:
 @pytest.fixture
 def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
     """A checkpoint that knows task a."""
-    out = tmp_path / "first"
-    finetune(
-        network_checkpoint,
-        write_task("a", count=120),
-        output_dir=out,
-        penalty="none",
-        **FAST | {"epochs": 20},
-    )
+    out, options = tmp_path / "first", FAST | {"epochs": 20, "penalty": "none"}
+    finetune(network_checkpoint, write_task("a", count=120), output_dir=out, **options)
     return out
 
 
@@ -182,6 +176,9 @@ def test_data_are_not_used_twice_and_names_are_known(
     common: dict[str, Any] = {"output_dir": tmp_path / "out", "ewc_lambda": [1, 10], **FAST}
     with pytest.raises(UsageError, match="cannot be chosen on training or --evaluate data"):
         finetune(learned, b, validation={"b": str(b)}, **common)
+    (tmp_path / "b.toml").write_text('data = "b.npz"\n')
+    with pytest.raises(UsageError, match="cannot be chosen on training or --evaluate data"):
+        finetune(learned, tmp_path / "b.toml", task="b", validation={"b": b}, **common)
     with pytest.raises(UsageError, match="cannot be chosen on training or --evaluate data"):
         finetune(learned, b, validation={"a": held}, evaluate={"test": held}, **common)
     with pytest.raises(UsageError, match=r"expected the new task, b, or a task of the ledger: a$"):

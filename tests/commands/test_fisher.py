@@ -18,6 +18,7 @@ import formats.checkpoint
 from consolidate.api import evaluate, finetune
 from consolidate.chain.resume import KeptWork
 from consolidate.commands import measurement_report
+from consolidate.commands.measurement import measure_fisher
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.options import Columns
 from consolidate.runtime import devices
@@ -26,6 +27,7 @@ from formats.data import open_data
 from formats.digest import set_digest, tensor_record
 from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
+from formats.rows import file_digest
 from support import tiny_models
 from support.checkpoints import Write, measured_by_hand
 from support.faults import Killed, kill_after
@@ -524,6 +526,27 @@ def test_weights_are_hashed_before_the_pass_and_after_it(
 
 
 @pytest.mark.usefixtures("often")
+def test_data_that_change_after_they_were_read_are_not_up_to_date(
+    network_checkpoint: Path, write_task: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, read = write_task("old"), file_digest(write_task("old"))
+
+    def changing(*given: Any, **options: Any) -> Any:
+        found = measure_fisher(*given, **options)
+        write_task("old", seed=7)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("consolidate.commands.fisher.measure_fisher", changing)
+        consolidate.fisher(network_checkpoint, data, **NETWORK)
+    [task] = read_fisher(network_checkpoint / "fisher").ledger.tasks
+    assert task.data_digest == read
+    with pytest.raises(InputError, match="already exists"):
+        consolidate.fisher(network_checkpoint, data, **NETWORK)
+    write_task("old")
+    assert consolidate.fisher(network_checkpoint, data, **NETWORK)["status"] == "cached"
+
+
 def test_a_pass_goes_on_where_it_cannot_be_kept(
     network_checkpoint: Path,
     write_task: Write,
@@ -587,14 +610,14 @@ def test_a_dry_run_writes_nothing(network_checkpoint: Path, write_task: Write) -
     assert cost["kept"] == {".fisher.consolidate-partial": 2 * 4 * 83}
 
 
-def test_a_dry_run_of_a_single_short_batch(network_checkpoint: Path, write_task: Write) -> None:
-    data = write_task("old", count=3)
-    cost = consolidate.fisher(
-        network_checkpoint, data, **NETWORK, dry_run=True, output_dir=network_checkpoint / "new"
-    )
+def test_a_dry_run_of_a_single_short_batch(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    data, new = write_task("old", count=3), tmp_path / "new"
+    cost = consolidate.fisher(network_checkpoint, data, **NETWORK, dry_run=True, output_dir=new)
     assert cost["seconds_per_example"] > 0
     assert cost["files"] == {"fisher.safetensors": 332, "model.safetensors": 332}
-    assert not (network_checkpoint / "new").exists()
+    assert not new.exists()
 
 
 @pytest.mark.usefixtures("often")

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 import consolidate
 from consolidate.data.replay import check_alike
 from consolidate.data.tensors import TensorExamples
+from consolidate.options import Columns
 from consolidate.training.loop import APART, data_order
 from consolidate.views.summary import show_text
 from formats.data import open_data
@@ -300,6 +301,27 @@ def test_texts_are_padded_and_masked_as_in_one_batch(tmp_path: Path) -> None:
     )
     one, two = (load_file(tmp_path / at / "model.safetensors") for at in ("second", "replayed"))
     torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("role", ["evaluate", "replay"])
+def test_texts_beside_prompts_and_completions(tmp_path: Path, role: str) -> None:
+    start = tiny_models.save(
+        tmp_path / "start",
+        transformers.GPT2LMHeadModel,
+        tiny_models.gpt2_config(),
+        tiny_models.byte_tokenizer(pad_token="<|endoftext|>"),
+    )
+    new, old = {"question": "One?", "answer": "Two."}, {"body": "Three."}
+    (tmp_path / "new.jsonl").write_text(f"{json.dumps(new)}\n")
+    (tmp_path / "old.jsonl").write_text(f"{json.dumps(old)}\n")
+    (tmp_path / "old.toml").write_text('data = "old.jsonl"\ntext_column = "body"\n')
+    given: Any = tmp_path / "old.toml"
+    found = consolidate.finetune(
+        start, tmp_path / "new.jsonl", output_dir=tmp_path / "out", penalty="none", no_fisher=True,
+        columns=Columns(prompt="question", completion="answer"), max_steps=1,
+        **{role: given if role == "replay" else {"old": given}},
+    )  # fmt: skip
+    assert found["steps"] == 1
 
 
 def other_columns(path: Path) -> Path:

@@ -290,6 +290,14 @@ def test_without_matplotlib_the_page_has_its_tables_and_says_what_is_missing(
     assert "pip install" not in whole.text
 
 
+def test_a_picture_that_is_no_report_s_is_not_removed(chain: Path, tmp_path: Path) -> None:
+    plots = tmp_path / "plots"
+    plots.mkdir()
+    (plots / "search.png").write_bytes(b"mine")
+    report(chain / "model", output=tmp_path / "r.html", plots=plots, overwrite=True)
+    assert (plots / "search.png").read_bytes() == b"mine"
+
+
 def test_an_earlier_report_is_replaced_and_nothing_else(chain: Path, tmp_path: Path) -> None:
     one, new = one_task(tmp_path / "one"), tmp_path / "new"
     output, plots = new / "r.html", new / "p"

@@ -229,6 +229,44 @@ def test_what_a_change_concerns(tasks: Path, tmp_path: Path, write_task: Write, 
     assert reasons(consolidate.run(tasks)) == {}
 
 
+def test_files_that_were_added_to_a_step_are_not_lost(tasks: Path, tmp_path: Path) -> None:
+    consolidate.run(tasks)
+    added = tmp_path / "out" / "02-b" / "eval.json"
+    added.write_text("{}")
+    for _ in range(2):
+        with pytest.raises(InputError, match="02-b has files that were added or changed"):
+            consolidate.run(tasks)
+        assert added.read_text() == "{}"
+        edit(tasks, "epochs = 3", "epochs = 2")  # the step is to be made again anyway
+        with pytest.raises(InputError, match="02-b has files that were added or changed"):
+            consolidate.run(tasks)
+        edit(tasks, "epochs = 2", "epochs = 3")
+    added.unlink()
+    consolidate.run(tasks)
+    assert reasons(consolidate.run(tasks)) == {}
+
+
+def test_a_task_after_the_first_is_never_left_without_its_penalty(
+    tasks: Path, tmp_path: Path
+) -> None:
+    edit(tasks, '"a-test.npz"', '"a-test.npz"\nno-fisher = true')
+    with pytest.raises(UsageError, match=r"task 2 \(b\): no task before it has a Fisher"):
+        consolidate.run(tasks)
+    assert not (tmp_path / "out").exists()
+    text = tasks.read_text().replace("\nno-fisher = true", "")
+    tasks.write_text(text.replace("epochs = 3", 'epochs = 3\npenalty = "l2"\nno-fisher = true'))
+    consolidate.run(tasks)
+    protected = [load_file(tmp_path / f"out/{s}/model.safetensors") for s in ("01-a", "02-b")]
+    edit(tasks, "ewc-lambda = 10", "ewc-lambda = 1e-6")
+    consolidate.run(tasks)
+    free = [load_file(tmp_path / f"out/{s}/model.safetensors") for s in ("01-a", "02-b")]
+    assert all(protected[0][name].equal(free[0][name]) for name in free[0])  # has no penalty
+    moved = [
+        sum(float((b[name] - a[name]).square().sum()) for name in a) for a, b in (protected, free)
+    ]
+    assert moved[0] < 0.5 * moved[1]
+
+
 def test_a_flipped_bit_is_found_and_made_good(tasks: Path, tmp_path: Path) -> None:
     consolidate.run(tasks)
     before = contents(tmp_path / "out")

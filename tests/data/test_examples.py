@@ -47,6 +47,15 @@ def jsonl(folder: Path, *rows: dict[str, Any], name: str = "train.jsonl") -> Row
     return open_data(path)
 
 
+def test_numbers_beside_names_of_a_new_head_are_refused(tmp_path: Path) -> None:
+    """Class 1 is not the label "1" where other labels are names."""
+    labels = [{"label": label} for label in ("n/a", 1, 2)]
+    with pytest.raises(InputError, match=r"row 2 .*'label': expected text, .* number 1: write"):
+        label_names(jsonl(tmp_path, *labels), "classification")
+    texts = [{"label": str(row["label"])} for row in labels]
+    assert label_names(jsonl(tmp_path, *texts), "classification") == ["1", "2", "n/a"]
+
+
 def csv(folder: Path, text: str) -> Rows:
     (folder / "train.csv").write_text(text)
     return open_data(folder / "train.csv")

@@ -179,7 +179,7 @@ def test_a_processor_leaves_the_channels_to_the_config(tmp_path: Path) -> None:
     [
         ('{"crop_size": 8, "rescale_factor": "x"}', "rescale_factor: expected .*, found 'x'"),
         ('{"crop_size": 8, "rescale_factor": [1]}', r"rescale_factor: expected .*, found \[1\]"),
-        ("[" * 200_000, "expected JSON, found something else"),
+        ("[" * 200_000, "is not valid JSON"),
     ],
 )
 def test_a_processor_that_is_damaged(content: str, message: str, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_what_is_not_usable_is_refused_by_key(config: dict[str, Any], message: s
         ({"size": {"longest_edge": 9}}, "size: expected a number of pixels, or height and width"),
         ({"size": {"shortest_edge": 9}}, "size: expected height and width, or do_center_crop"),
         ({"size": {"height": 9, "width": 9}, "rescale_factor": 1}, "rescale_factor: expected"),
-        ([], "expected an object, found a list"),
+        ([], "expected a JSON object, found list"),
     ],
 )
 def test_a_processor_that_cannot_be_followed_is_refused(

@@ -468,13 +468,15 @@ def test_compiled_modules_are_refused():
 
 class Noisy(nn.Module):
     def forward(self, x):
-        return nn.functional.dropout(x, 0.5)
+        return nn.functional.dropout(x, 0.2)
 
 
-def test_a_model_that_draws_random_numbers_is_refused():
-    model = nn.Sequential(nn.Linear(5, 4), Noisy(), nn.Linear(4, 3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_that_draws_random_numbers_is_refused(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), Noisy(), nn.Linear(4, 3)).to(dtype)
     with pytest.raises(InputError, match="draws random numbers in eval mode"):
-        fisher_diagonal(model, [data(8)], "softmax")
+        fisher_diagonal(model, [(x.to(dtype), y) for x, y in [data(8)]], "softmax")
 
 
 def test_dropout_and_batch_statistics_are_off():
@@ -501,6 +503,12 @@ def test_a_table_that_renormalises_itself_comes_back_too():
     before = copy.deepcopy(model.state_dict())
     fisher_diagonal(model, [(torch.randint(7, (5, 3)), torch.randint(3, (5,)))], "softmax")
     assert_equal(model.state_dict(), before)
+
+
+def test_parameters_on_several_devices_are_refused():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2, device="meta"))
+    with pytest.raises(InputError, match="are on several devices"):
+        fisher_diagonal(model, [(torch.randn(2, 4), torch.tensor([0, 1]))], "softmax")
 
 
 def test_complex_parameters_are_refused():

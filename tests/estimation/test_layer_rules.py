@@ -552,6 +552,17 @@ def test_recurrent_layers(kind):
     goes_by_module(Mean(Recurrent(kind), 8), labelled(7, 6, 5), "body")
 
 
+def test_recurrent_layers_are_measured_without_their_dropout_and_come_back_as_they_were():
+    model, batches = Mean(Recurrent(nn.LSTM), 8), labelled(7, 6, 5)
+    model.body.inside = layer = nn.LSTM(5, 4, 2, batch_first=True, bidirectional=True)
+    expected = fisher_diagonal(model.eval(), batches, "softmax")
+    layer.dropout = 0.5
+    found = fisher_diagonal(model.train(), batches, "softmax")
+    assert (layer.training, layer.dropout) == (True, 0.5)
+    for name, values in expected.items():
+        assert torch.equal(found[name], values)
+
+
 class Shared(nn.Module):
     """A bare parameter tied to a layer's, in a module that is called twice."""
 

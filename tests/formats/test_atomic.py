@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from formats import atomic
 from formats.atomic import (
     _exchange,
     check_file,
@@ -499,6 +500,17 @@ def test_write_file(tmp_path):
 def test_write_file_makes_the_folders_above(tmp_path):
     write_file(tmp_path / "a" / "b" / "file", "x")
     assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+
+
+def test_a_mounted_folder_need_not_have_a_parent_that_can_be_written(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    monkeypatch.setattr(atomic, "_is_mount", lambda path: path == target)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    check_target(target)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != target)
+    with pytest.raises(InputError, match="out is not a writable folder"):
+        check_target(target)
 
 
 def test_a_file_that_could_not_be_written_is_refused_before(tmp_path):

@@ -135,6 +135,23 @@ def test_splits_of_a_folder_are_never_mixed(tmp_path):
         open_data(tmp_path, split="tes")
 
 
+@pytest.mark.parametrize("other", ["eval", "evaluation", "holdout", "testing"])
+def test_other_names_of_splits(tmp_path, other):
+    lines(tmp_path / "train.jsonl", {"a": 1})
+    lines(tmp_path / f"{other}.jsonl", {"a": 2})
+    with pytest.raises(InputError, match="set split to one of: "):
+        open_data(tmp_path)
+    assert open_data(tmp_path, split=other)[0] == {"a": 2}
+
+
+def test_files_of_no_split_are_not_mixed_with_those_of_one(tmp_path):
+    lines(tmp_path / "train.jsonl", {"a": 1})
+    lines(tmp_path / "old.jsonl", {"a": 2})
+    with pytest.raises(InputError, match="contains the split train and other files, as old"):
+        open_data(tmp_path)
+    assert open_data(tmp_path, split="train")[0] == {"a": 1}
+
+
 def test_splits_as_folders(tmp_path):
     lines(tmp_path / "train" / "x.jsonl", {"a": 1})
     assert open_data(tmp_path)[0] == {"a": 1}

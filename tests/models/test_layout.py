@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from consolidate.models.layout import Group, Layout
+from consolidate.models.layout import Group, Layout, renamed_factors
 from consolidate.models.tensor_names import same_names_layout
 from formats.errors import InputError
 from formats.fisher_json import Block
@@ -68,14 +68,15 @@ def test_matrices_follow_tensors_that_are_at_most_renamed() -> None:
         "out.weight.R": Block("R", (1,), ("out.weight", "out.bias")),
     }
     factors = {"q.weight.R": torch.eye(2), "out.weight.R": torch.eye(4)}
-    matrices, named = layout.factors_to_file(factors, blocks)
+    matrices, named = renamed_factors(factors, blocks, layout.stored_alone())
     assert named == {"dense.w.R": Block("R", (1,), ("dense.w", "dense.b"))}
     assert matrices["dense.w.R"] is factors["out.weight.R"]
-    back, again = layout.factors_to_module(matrices, named)
+    back, again = renamed_factors(matrices, named, layout.loaded_alone())
     assert again == {"out.weight.R": blocks["out.weight.R"]}
     assert list(back) == ["out.weight.R"]
     converted = {"qkv.R": Block("R", (1,), ("qkv",))}
-    assert layout.factors_to_module({"qkv.R": torch.eye(9)}, converted) == ({}, {})
+    alone = layout.loaded_alone()
+    assert renamed_factors({"qkv.R": torch.eye(9)}, converted, alone) == ({}, {})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64, torch.bool])

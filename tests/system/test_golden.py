@@ -14,6 +14,7 @@ from consolidate.views.summary import show_text
 from formats.checkpoint import open_checkpoint
 from formats.fisher_folder import check_belongs, read_fisher
 from formats.fisher_json import needed_version
+from support.folders import contents
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -21,14 +22,6 @@ FIRST = ["adapter", "anchor", "bfloat16", "made-from", "sharded", "unsharded"]
 SECOND = ["version-2", "version-2-factors", "version-2-task"]
 NAMES = FIRST + SECOND
 WRITE = runpy.run_path(str(ROOT / "scripts" / "write_golden.py"))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.mark.skipif(not (ROOT / ".gitattributes").exists(), reason="not in the sdist")
@@ -89,8 +82,8 @@ def test_one_file_and_shards_have_the_same_digests() -> None:
 
 def test_the_present_writer_gives_the_same_bytes(tmp_path: Path) -> None:
     WRITE["write_all"](tmp_path)
-    assert files(tmp_path) == files(GOLDEN)
+    assert contents(tmp_path) == contents(GOLDEN)
 
 
 def test_they_stay_small() -> None:
-    assert sum(len(data) for data in files(GOLDEN).values()) < 60_000
+    assert sum(len(data) for data in contents(GOLDEN).values()) < 60_000

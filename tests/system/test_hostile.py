@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from consolidate.api import fisher
 from formats.fisher_json import ledger_bytes, read_ledger
 from support.command_line import run
+from support.folders import contents
 
 MODEL = ("--objective", "classification", "--model", "support.networks:make_network")
 READ_WEIGHTS = ("verify", "evaluate", "fisher", "finetune", "merge", "remap")
@@ -78,10 +79,6 @@ def arguments(command: str, checkpoint: Path, data: Path) -> list[object]:
         "merge": ["merge", checkpoint, checkpoint.with_name("other"), *output],
         "remap": ["remap", checkpoint, *output],
     }[command]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
