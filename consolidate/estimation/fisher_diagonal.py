@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, get_backend_config
 
 from consolidate.estimation.batches import (
     Batch,
@@ -175,6 +175,7 @@ def fisher_diagonal(
     likelihood = get_likelihood(likelihood)
     _check_options(estimator, structure, mc_samples, accumulate_dtype, kernel)
     _check_tolerance(tolerance, tolerance_every)
+    _check_group(group)
     samples = mc_samples if estimator in ("mc", "batched") else None
     method = Estimator(estimator, samples, seed, max_outcomes)
     parameters = _measurable(model)
@@ -258,6 +259,15 @@ def _check_tolerance(tolerance: float | None, every: int) -> None:
         raise UsageError(f"tolerance is {tolerance}: expected a finite number above 0")
     if every < 1:
         raise UsageError(f"tolerance_every is {every}: expected at least 1")
+
+
+def _check_group(group: ProcessGroup | None) -> None:
+    """Refuse processes that cannot share numbers on the CPU, as NCCL's cannot."""
+    if group is not None and "cpu:" not in (found := get_backend_config(group)):
+        raise UsageError(
+            f"group has the backend {found}: expected one for the CPU too, as after "
+            'init_process_group("cpu:gloo,cuda:nccl")'
+        )
 
 
 def _measurable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -867,3 +867,10 @@ def test_transformers(name):
     assert_close(fisher, {k: v / units for k, v in expected.items()}, 1e-5)
     if name in ("gpt2", "llama"):
         assert "lm_head.weight" not in fisher
+
+
+def test_processes_that_share_nothing_on_the_cpu_are_refused(monkeypatch):
+    name = "consolidate.estimation.fisher_diagonal.get_backend_config"
+    monkeypatch.setattr(name, lambda group: "cuda:nccl")
+    with pytest.raises(UsageError, match="group has the backend cuda:nccl: expected one for the"):
+        fisher_diagonal(nn.Linear(5, 3), [data(4)], "softmax", group=object())

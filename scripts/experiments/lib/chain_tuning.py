@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from consolidate.models.lora import merge_lora
 from scripts.experiments.lib.block_fisher import SUFFIX
 from scripts.experiments.lib.kept import FOLDER, kept
+from scripts.experiments.lib.new_heads import started
 from scripts.experiments.lib.tuning import PARTS, Done, Job, Setting, Task, fit, packed
 
 Outcomes = dict[str, list[list[float]]]  # of each part, by task
@@ -56,7 +57,8 @@ def measure_chain(
             are kept.
         fisher: Of one task; given where the method uses one. They are summed, each with the trace
             of the first, and hold the weights where they are before a task.
-        back: Whether `strength` is the share of the way that is gone at each task.
+        back: Whether `strength` is the share of the way that is gone at each task; a new head stays
+            as trained.
 
     Returns:
         The figures of the record: `kept` is the mean over the tasks but the last at the end,
@@ -104,8 +106,8 @@ def measure_chain(
             merge_lora(model)
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         if back:
-            share = settings["strength"]
-            weights = {name: p.lerp(before[name], 1 - share) for name, p in weights.items()}
+            share, started_at = settings["strength"], started(stage, model)
+            weights |= {name: weights[name].lerp(before[name], 1 - share) for name in started_at}
         model = chain.fresh()
         model.load_state_dict(weights, strict=False)
         when_learned.append(_outcomes(chain, model, number))

@@ -53,17 +53,17 @@ class Grid(NamedTuple):
 RATES = (3e-5, 1e-4, 3e-4)
 NEWSGROUPS = {
     "free": Grid((1e-5, 3e-5, 1e-4, 3e-4)),
-    "fewer_steps": Grid(RATES, (0.05, 0.15, 0.3, 0.6)),
+    "fewer_steps": Grid(RATES, (0.15, 0.3, 0.6)),
     "l2": Grid(RATES, (0.1, 0.3, 1.0, 3.0)),
     "interpolation": Grid(RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
     "lora": Grid((3e-4, 1e-3, 3e-3, 1e-2)),
-    "freeze": Grid(RATES, (0, 2, 4, 5)),
-    "distill": Grid(RATES, (0.3, 1.0, 3.0, 10.0)),
-    "replay": Grid(RATES, (0.1, 0.3, 1.0, 3.0)),
-    "joint": Grid(RATES),
+    "freeze": Grid(RATES, (0, 2, 4)),
+    "distill": Grid(RATES, (1.0, 3.0, 10.0)),
+    "replay": Grid(RATES, (0.3, 1.0, 3.0)),
+    "joint": Grid((1e-4,)),
     "ewc": Grid(RATES, (1e4, 3e4, 1e5, 3e5), (1.0, 0.75, 0.5)),
     "inputs": Grid(RATES, (1e4, 3e4, 1e5, 4e5), (1.0, 0.75, 0.5)),
-    "lora_ewc": Grid((3e-4, 1e-3, 3e-3), (1e4, 3e4, 1e5, 3e5)),
+    "lora_ewc": Grid((3e-4, 1e-3, 3e-3), (3e4, 1e5, 3e5)),
     "ewc_floor": Grid(RATES, (3e4, 1e5, 3e5)),
     "ewc_tempered": Grid(RATES, (1e4, 3e4, 1e5)),  # whose trace is about 3.4 times EWC's
 }
@@ -130,7 +130,7 @@ TAGGING = {
 PICTURE_RATES = (1e-3, 3e-3, 1e-2)
 VISION = {
     "free": Grid(PICTURE_RATES),
-    "l2": Grid(PICTURE_RATES, (0.003, 0.015, 0.06)),
+    "l2": Grid(PICTURE_RATES, (0.003, 0.015, 0.06, 0.2, 0.6)),
     "interpolation": Grid(PICTURE_RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
     "lora_convolutions": Grid((3e-3, 1e-2, 3e-2)),
     "ewc": Grid(PICTURE_RATES, (3e1, 3e2, 3e3), (1.0, 0.75, 0.5)),

@@ -3,6 +3,7 @@
 from typing import Protocol, cast
 
 from consolidate.ewc.penalty import Penalty
+from scripts.experiments.lib.new_heads import started
 from scripts.experiments.lib.tuning import Done, Job, fit
 
 
@@ -14,7 +15,7 @@ def tune(job: Job) -> Done:
     """Train all weights, each pulled back alike, as strongly as a sum over the tasks so far."""
     setting = job.setting
     before = cast(_Stage, setting).number
-    penalty = Penalty.l2(job.model, ewc_lambda=before * job.strength)
+    penalty = Penalty.l2(started(setting, job.model).items(), ewc_lambda=before * job.strength)
     return fit(
         job.model,
         job.new_batches(),

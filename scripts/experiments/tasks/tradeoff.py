@@ -103,6 +103,7 @@ stay if all its figures are the same, and name the code that made them. The firs
 ```
 """
 FISHER_FILE = "scripts/experiments/lib/ours.py"
+CHAIN_FILE = "scripts/experiments/lib/chain_tuning.py"
 CHAIN_FISHER_FILE = "scripts/experiments/lib/chain_fisher.py"
 TEXT_FISHER_FILE = "scripts/experiments/lib/text_sources.py"
 BLOCK_FISHER_FILE = "scripts/experiments/lib/block_fisher.py"  # of two tasks, and of a chain
@@ -137,6 +138,8 @@ def code(setting: str, method: str) -> str:
     files = [setting_file(setting), method_file(method)]
     if method in FISHER_METHODS and is_chain(setting):
         files.append(CHAIN_FISHER_FILE)
+    if method == "interpolation" and is_chain(setting):
+        files.append(CHAIN_FILE)  # which goes back
     return code_digest(*files)
 
 
