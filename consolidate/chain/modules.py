@@ -67,6 +67,8 @@ def load_penalty(
     source, stored = with_fisher(folder)
     module = unwrapped(module)
     adapted = source.adapter is None and has_adapter(module)
+    if adapted:
+        _check_active(module)
     plain = without_adapter(module) if adapted else module
     layout = layout_of(plain, source, own=not hasattr(plain, "save_pretrained"))
     check_held_once(stored.fisher, layout, str(stored.folder))
@@ -84,15 +86,28 @@ def load_penalty(
             "`consolidate fisher --structure inputs`, or use structure='diagonal'"
         )
     storage |= factors or {"offset": stored.ledger.penalty_offset}
+    penalty: Penalty | BlockPenalty | MergedPenalty
     if adapted:
-        return _merged_penalty(adapted_module(module), fisher, anchor, **storage)
-    kind = Penalty if factors is None else BlockPenalty
-    penalty: Penalty | BlockPenalty = kind(module, fisher, anchor, **storage)
+        penalty = _merged_penalty(adapted_module(module), fisher, anchor, **storage)
+    else:
+        kind = Penalty if factors is None else BlockPenalty
+        penalty = kind(module, fisher, anchor, **storage)
     if not penalty.parameters():
         raise InputError(
             f"{stored.folder} protects no trainable parameter of the module: unfreeze some"
         )
     return penalty
+
+
+def _check_active(module: nn.Module) -> None:
+    """Refuse adapters of which the one that the penalty is on is not the only active one."""
+    for name, layer in module.named_modules():
+        active = getattr(layer, "active_adapters", [NAME])
+        if hasattr(layer, "lora_A") and list(active) != [NAME]:
+            raise InputError(
+                f"{name}: expected one active adapter, {NAME!r}, found {', '.join(active)}: give "
+                "the adapter that is trained this name, and activate it alone"
+            )
 
 
 def _merged_penalty(
@@ -103,10 +118,16 @@ def _merged_penalty(
     of_layers = [block for block in blocks.values() if block.parameters[0] in layers]
     taken = {*layers, *(at for block in of_layers for at in block.parameters)}
     parameters = {
-        name.replace(f".modules_to_save.{NAME}.", "."): p for name, p in base.named_parameters()
+        name.replace(f".modules_to_save.{NAME}.", ".").replace(".base_layer.", "."): p
+        for name, p in base.named_parameters()
     }
     known = {at: p for at, p in parameters.items() if at in fisher and at not in taken}
-    return adapter_penalty(layers, known, fisher, anchor, **storage)
+    penalty = adapter_penalty(layers, known, fisher, anchor, **storage)
+    held = {id(p) for p in penalty.parameters()}
+    held |= {id(p) for layer in layers.values() for p in (layer.a, layer.b)}  # named by their W
+    free = [at for at, p in parameters.items() if p.requires_grad and id(p) not in held]
+    penalty.unprotected = [*dict.fromkeys([*penalty.unprotected, *free])]
+    return penalty
 
 
 def adapter_penalty(

@@ -183,6 +183,7 @@ def coarse_to_fine(
 
     def best_of(candidates: Sequence[int], length: int) -> int:
         found = {k: trained(k, length) for k in sorted(candidates)}
+        _measured(list(found.values()))  # refuses if all of them diverged, whatever λ = 0 does
         best = choose([*found.values(), *([at(0.0, length)] if reference else [])])
         return next(k for k, trial in found.items() if trial is best)
 

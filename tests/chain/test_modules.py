@@ -159,3 +159,49 @@ def test_the_penalty_by_blocks_is_loaded_for_a_model_of_peft(
     assert isinstance(whole, BlockPenalty)
     assert whole.value() == pytest.approx(value, rel=1e-5)
     assert value == pytest.approx(explicit(gpt2, dict(merged.state_dict()), 1), rel=1e-4)
+
+
+def adapted_gpt2(folder: Path, **options: Any) -> tuple[torch.nn.Module, Path]:
+    """A model of peft on a checkpoint with a Fisher."""
+    start = save(folder / "gpt2", transformers.GPT2LMHeadModel, gpt2_config(), byte_tokenizer())
+    task = folder / "old.jsonl"
+    task.write_text('{"text": "the plot was dull"}\n' * 3)
+    consolidate.fisher(start, task, task="old", estimator="empirical")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, **options)
+    model = transformers.GPT2LMHeadModel.from_pretrained(start)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, config), start
+
+
+@pytest.mark.parametrize(
+    ("options", "free"),
+    [
+        ({"bias": "lora_only"}, ""),
+        ({"bias": "all"}, ""),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),  # tied before, and a copy of its own now
+        ({"lora_bias": True}, "lora_B"),
+    ],
+)
+def test_what_trains_beside_an_adapter_is_held_or_named(
+    tmp_path: Path, options: dict[str, Any], free: str
+) -> None:
+    model, start = adapted_gpt2(tmp_path, **options)
+    penalty = load_penalty(model, start, ewc_lambda=2.0)
+    held = {id(p) for p in penalty.parameters()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    assert len(penalty.unprotected) == len(lost)
+    assert bool(lost) == bool(free)
+    assert all(free in name for name in penalty.unprotected)
+
+
+def test_another_adapter_than_the_penalized_one_is_refused(tmp_path: Path) -> None:
+    model, start = adapted_gpt2(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        model.add_adapter("new", config)
+    load_penalty(model, start, ewc_lambda=2.0)
+    model.set_adapter("new")
+    with pytest.raises(InputError, match="one active adapter, 'default', found new"):
+        load_penalty(model, start, ewc_lambda=2.0)

@@ -164,6 +164,9 @@ def test_large_lambdas_that_diverge_are_passed_over() -> None:
     assert best_mean([t for t in trials if t.steps == STEPS]).ewc_lambda == 100
     with pytest.raises(NonFiniteError, match="every λ"):
         by_mean(World(100, breaks=0.0))
+    rule, more = (partial(one, task="new", before=0.1) for one in (largest, more_by_gain))
+    with pytest.raises(NonFiniteError, match="every λ"):  # although λ = 0 does not
+        coarse_to_fine(World(100, breaks=1e-9).train, rule, more, STEPS, reference=True)
 
 
 def test_a_short_run_is_not_shortened_further() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -233,6 +234,53 @@ def test_a_run_that_was_interrupted_clips_as_before(tmp_path: Path) -> None:
     by_hand(twin, torch.optim.SGD(twin.parameters(), lr=0.1), 0.5)
     assert_alike(model, twin, **EXACT)
     assert runner.args.max_grad_norm == 0.5
+
+
+def test_another_callback_with_the_arguments_of_an_interrupted_run_clips_as_before(
+    tmp_path: Path,
+) -> None:
+    model = Network()
+    penalty = Penalty(model, *fisher_and_anchor(model), ewc_lambda=LAMBDA)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    runner = trainer(model, tmp_path, optimizer, penalty_callback(penalty), max_grad_norm=0.5)
+    fault = model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.train()
+    fault.remove()
+    twin = copy.deepcopy(model)
+    again = Trainer(
+        model,
+        runner.args,
+        train_dataset=examples(),
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
+        callbacks=[penalty_callback(penalty)],
+    )
+    again.train()
+    by_hand(twin, torch.optim.SGD(twin.parameters(), lr=0.1), 0.5)
+    assert_alike(model, twin, **EXACT)
+    assert again.args.max_grad_norm == 0.5
+
+
+def test_a_second_callback_is_refused(tmp_path: Path) -> None:
+    model = Network()
+    penalty = Penalty(model, *fisher_and_anchor(model), ewc_lambda=LAMBDA)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    runner = trainer(model, tmp_path, optimizer, penalty_callback(penalty))
+    runner.add_callback(penalty_callback(penalty))
+    with pytest.raises(UsageError, match="two penalty callbacks"):
+        runner.train()
+
+
+@pytest.mark.parametrize("name", ["DeepSpeedOptimizerWrapper", "LayerWiseDummyOptimizer"])
+def test_optimizers_that_have_stepped_before_are_refused(name: str) -> None:
+    model = Network()
+    penalty = Penalty(model, *fisher_and_anchor(model), ewc_lambda=LAMBDA)
+    inner = type(name, (), {})()
+    outer = SimpleNamespace(optimizer=inner)
+    with pytest.raises(UsageError, match=f"{name}, which takes its steps within backward"):
+        penalty_callback(penalty).on_train_begin(
+            SimpleNamespace(), SimpleNamespace(), None, model=model, optimizer=outer
+        )
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -118,7 +118,10 @@ def difference(
 
 
 def _averaged(values: Mapping[int, float], drawn: Mapping[int, Floats], draws: int) -> Estimate:
-    """Average over the seeds that have a value; the error is that over draws of seeds and rows."""
+    """Average over the seeds that have a value; the error is that over draws of seeds and rows.
+
+    Of one seed there is no error.
+    """
     seeds = [seed for seed, value in values.items() if not np.isnan(value)]
     if not seeds:
         return Estimate(np.nan, np.nan, 0, len(values))
@@ -131,7 +134,7 @@ def _averaged(values: Mapping[int, float], drawn: Mapping[int, Floats], draws: i
         some = [value for value in some if not np.isnan(value)]
         if some:
             means.append(np.mean(some))
-    error = float(np.std(means, ddof=1)) if len(means) > 1 else np.nan
+    error = float(np.std(means, ddof=1)) if len(means) > 1 < len(seeds) else np.nan
     value = float(np.mean([values[seed] for seed in seeds]))
     return Estimate(value, error, len(seeds), len(values))
 

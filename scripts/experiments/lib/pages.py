@@ -93,6 +93,10 @@ def sorted_out(name: str, records: Sequence[Record], units: Units) -> Setting:
                 points = [(some[0], alpha) for alpha in sorted(some[0].unit.settings["alphas"])]
             else:
                 points = [(record, 1.0) for record in some]
+            if method == "interpolation":  # the end of its way
+                rate = some[0].unit.settings["rate"]
+                free = found["free"].get(seed, ())
+                points += [(one, 1.0) for one in free if one.unit.settings["rate"] == rate]
             curves[method][seed] = _curve(points, rows)
     for method in EVERYWHERE:
         share = chosen_share(found[method])
