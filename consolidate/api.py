@@ -808,7 +808,8 @@ def push(
         revision: Branch to push to; created if it does not exist.
         commit_message: Message of the commit.
         tag: Tag the commit with this name.
-        token: Token for the Hub. (default: that of `hf auth login` or HF_TOKEN)
+        token: Token for REPO; what else is read from the Hub needs `hf auth login` or HF_TOKEN.
+            (default: that of `hf auth login` or HF_TOKEN)
         base_model: Model that this one was made from, for the card; several for a merge.
         fisher_dtype: Dtype of the published Fisher; bfloat16 is half as large. One of float32,
             bfloat16. (default: as stored)

@@ -1033,7 +1033,7 @@ class PushOptions:
     tag: str | None = option(None, "Tag the commit with this name.", metavar="NAME")
     token: str | None = option(
         None,
-        "Token for the Hub.",
+        "Token for REPO; what else is read from the Hub needs `hf auth login` or HF_TOKEN.",
         by_default="that of `hf auth login` or HF_TOKEN",
         metavar="TOKEN",
     )

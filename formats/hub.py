@@ -1,9 +1,11 @@
 """Finding a checkpoint: at a local path, or in a repository that is fetched from the Hub."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from glob import escape
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, ModelInfo, snapshot_download
@@ -31,7 +33,7 @@ VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*", "fisher/factor*")
 
 OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.gguf"]
 OTHER_FRAMEWORKS += ["onnx/*", "openvino/*"]
-PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt"]
+_MODULE = re.compile(r"\d_[^/]*/")  # of sentence-transformers, whose weights may be a pickle
 UNREADABLE = (SafetensorsParsingError, AttributeError, TypeError, LookupError, RecursionError)
 """What the client raises for a damaged header, or for JSON of another form."""
 
@@ -80,7 +82,8 @@ def locate(
         files = _names(info)
         _refuse_large(info)
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
-        ignored = [*OTHER_FRAMEWORKS, *(PICKLES if safe else []), *without]
+        pickles = [f for f in files if f.endswith(PICKLE_SUFFIXES) and not _MODULE.match(f)]
+        ignored = [*OTHER_FRAMEWORKS, *(map(escape, pickles) if safe else []), *without]
         with hub_call("", again="", revision=revision):
             snapshot = fetch(ignore_patterns=ignored)
     except (InputError, NetworkError) as error:
@@ -181,7 +184,7 @@ def _refuse_large(info: ModelInfo) -> None:
 
 def _cached(fetch: Callable[..., str], without: Sequence[str]) -> str | None:
     # Skipped pickles do not make a snapshot incomplete.
-    for ignored in (OTHER_FRAMEWORKS, OTHER_FRAMEWORKS + PICKLES):
+    for ignored in (OTHER_FRAMEWORKS, [*OTHER_FRAMEWORKS, *(f"*{s}" for s in PICKLE_SUFFIXES)]):
         with suppress(LocalEntryNotFoundError):
             return fetch(ignore_patterns=[*ignored, *without], local_files_only=True)
     return None

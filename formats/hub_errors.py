@@ -33,6 +33,8 @@ ODD_ANSWER = (
     "huggingface_hub"
 )
 
+_FULL = re.compile(r"os error (28|122)\b|No space left|[Qq]uota exceeded")
+
 
 class AccessError(InputError):
     """The Hub refuses this to the token, or to a client without a token."""
@@ -72,6 +74,8 @@ def explain(error: BaseException, revision: str | None = None) -> ConsolidateErr
     if isinstance(error, OSError | MemoryError) or not _in_client(error):
         return None
     if type(error) is RuntimeError:  # hf_xet raises it for any failure of a transfer
+        if _FULL.search(str(error)):
+            return InputError(f"a transfer failed, as the disk is full: {_line(str(error))}")
         return NetworkError(f"a transfer failed ({_line(str(error))})")
     if isinstance(error, ValueError):  # the client's own message
         return InputError(f"the Hub's client refuses the request: {_line(str(error))}")
@@ -105,6 +109,8 @@ def _meaning(error: BaseException, revision: str | None) -> ConsolidateError | N
     if isinstance(error, LocalEntryNotFoundError):
         return None  # its cause has a better message
     if isinstance(error, OSError) and error.errno is None and _in_client(error):
+        if _FULL.search(str(error)):
+            return InputError(f"a transfer failed, as the disk is full: {_line(str(error))}")
         return NetworkError(f"a download ended early ({_line(str(error))})")
     return None
 

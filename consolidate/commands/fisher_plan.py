@@ -24,7 +24,7 @@ from formats.digest import json_digest
 from formats.errors import ConsolidateError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.fisher_json import TaskRecord, read_ledger
-from formats.hub import FISHER, locate
+from formats.hub import FISHER, VALUES, locate
 from formats.rows import file_digest
 
 LOG = logging.getLogger("consolidate")
@@ -141,7 +141,8 @@ def find_checkpoint(options: FisherOptions) -> Path:
             "--add cannot be combined with --overwrite: add to the Fisher or replace it"
         )
     checkpoint = options.checkpoint
-    folder = locate(checkpoint, options.source.revision, without=() if options.add else FISHER)
+    without = FISHER if options.after is not None else () if options.add else VALUES
+    folder = locate(checkpoint, options.source.revision, without=without)
     if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
         raise UsageError(
             f"{checkpoint} is not a local folder: name the folder to write to with --output-dir"
@@ -172,6 +173,8 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
             _refuse_merging(options, last)
         else:
             _hint_at_unmeasured(options, last, name)
+    if completes:  # of the Hub the ledger alone is there
+        locate(options.checkpoint, options.source.revision)
     before = stored_fisher(folder / "fisher", source) if options.add or completes else None
     origin = None
     if options.after is not None:

@@ -24,11 +24,15 @@ INDEX = "model.safetensors.index.json"
 # Files that a model needs; anything else in a folder may be data or a secret, and is not sent.
 PUBLISHED = (
     *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.spm", "*.tiktoken"),
-    *("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("tokenizer.model", "spiece.model", "spm.model", "spm_char.model", "sentencepiece.model"),
+    *("sentencepiece.bpe.model", "*.spm", "*.tiktoken", "bpe.codes", "dict.txt", "tekken.json"),
+    *("vocab.json", "vocab.txt", "vocab-src.json", "vocab-tgt.json", "target_vocab.json"),
+    *("entity_vocab.json", "byte_maps.json"),
+    *("merges.txt", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
-    *("[0-9]_*/config.json", "[0-9]_*/model.safetensors", "LICENSE*", "NOTICE*"),
+    *("[0-9]_*/config.json", "[0-9]_*/model.safetensors", "[0-9]_*/pytorch_model.bin"),
+    *("LICENSE*", "NOTICE*"),
 )
 _STANDARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -103,10 +107,10 @@ def contents_of(
         )
         stored = read_fisher(fisher)
     for file in sorted(fisher.rglob("*")):
-        name = file.relative_to(fisher).as_posix()
-        if file.is_file() and not file.name.startswith("."):
+        place = file.relative_to(fisher)
+        if file.is_file() and not any(part.startswith(".") for part in place.parts):
             check_link(fisher.parent, file)
-            contents[f"fisher/{name}"] = file
+            contents[f"fisher/{place.as_posix()}"] = file
     return contents, stored.ledger
 
 
@@ -150,8 +154,7 @@ def _others(folder: Path, source: Checkpoint) -> dict[str, Path | bytes]:
             check_link(folder, names[name])
             is_config = name.endswith("config.json")
             contents[name] = without_local_paths(names[name]) if is_config else names[name]
-        if not chosen:
-            left_out.append(entry.name)
+        left_out += [name for name in names if name not in chosen] if chosen else [entry.name]
     if left_out:
         LOG.info(
             "not sent: %s (only weights, configuration, tokenizer, licence and the code of an "

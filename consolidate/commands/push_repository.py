@@ -33,6 +33,7 @@ AGAIN = (
 _OURS_TO_REPLACE = re.compile(
     r"fisher/.*|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     r"|tf_model.*\.h5(\.index\.json)?|flax_model.*\.msgpack(\.index\.json)?|rust_model\.ot"
+    r"|adapter_config\.json|adapter_model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
 
@@ -262,6 +263,7 @@ def commit_files(
         remote = _look(api, name, revision, tagged=False)
     head = remote.head
     if not additions and not upload.stale and head is not None:
+        _make_branch(target, remote)
         return head, None
     large = [file for file in additions if file.path_in_repo.endswith(".safetensors")]
     for number, file in enumerate(large, 1):
@@ -276,9 +278,7 @@ def commit_files(
                 create_pr=target.options.create_pr,
                 free_memory=False,
             )
-    if not remote.has_branch and revision is not None:
-        with _call(name):
-            api.create_branch(name, branch=revision, revision=head)
+    _make_branch(target, remote)
     # Files sent after a replacement would belong to another checkpoint.
     source.refuse_written("committed")
     with _call(name):
@@ -291,6 +291,15 @@ def commit_files(
             parent_commit=head,
         )
     return done.oid, done.pr_url
+
+
+def _make_branch(target: Target, remote: Remote) -> None:
+    """Make the branch that is pushed to, where there is none."""
+    if not remote.has_branch and target.options.revision is not None:
+        with _call(target.name):
+            target.api.create_branch(
+                target.name, branch=target.options.revision, revision=remote.head
+            )
 
 
 def check_arrived(target: Target, upload: Upload, commit: str) -> None:

@@ -34,6 +34,7 @@ from formats.errors import InputError, NetworkError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, in_one_line, read_fisher
 from formats.fisher_json import FORMAT, Ledger, covered, needed_version, read_ledger
 from formats.hub import FISHER, commits_of, locate, remote_headers
+from formats.hub_errors import AccessError
 
 LOG = logging.getLogger("consolidate")
 Measured = dict[str, tuple[float, float | None]]  # trace and largest value, by parameter
@@ -241,7 +242,7 @@ def _remote_ledger(checkpoint: str | Path, revision: str | None) -> tuple[Path, 
             continue
         try:
             headers = remote_headers(name, commit, f"fisher/{kind}")
-        except NetworkError:
+        except (NetworkError, AccessError):
             LOG.info("%s: shown from the cache; the headers of the Fisher were not checked", name)
             return folder, ledger
         found = {

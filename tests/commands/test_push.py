@@ -179,6 +179,40 @@ def test_a_branch_and_a_pull_request(checkpoint: Path, tmp_path: Path, hub: Hub)
     assert repository.branches["refs/pr/1"] == done["commit"]
 
 
+def test_a_branch_is_made_where_nothing_changed(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    done = pushed(tmp_path, hub, checkpoint, "user/model")
+    again = pushed(tmp_path, hub, checkpoint, "user/model", "--revision", "stable")
+    assert again["status"] == "unchanged"
+    assert hub.repositories["user/model"].branches["stable"] == done["commit"]
+
+
+def test_all_of_a_tokenizer_and_of_modules_is_sent_and_nothing_hidden(
+    checkpoint: Path, tmp_path: Path, hub: Hub
+) -> None:
+    sent = ["spm.model", "bpe.codes", "2_Dense/config.json", "2_Dense/pytorch_model.bin"]
+    not_sent = ["2_Dense/notes.txt", "fisher/.ipynb_checkpoints/notes.txt"]
+    for name in (*sent, *not_sent):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("{}")
+    code, _, err = run(
+        tmp_path, "push", checkpoint, "user/model", HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN
+    )
+    assert code == 0, err
+    files = set(hub.repositories["user/model"].files)
+    assert files.issuperset(sent)
+    assert not files & {*not_sent}
+    assert "'2_Dense/notes.txt'" in err
+
+
+def test_an_adapter_that_was_there_goes(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
+    """Else transformers would load it, on its own base model."""
+    pushed(tmp_path, hub, checkpoint, "user/model")
+    files = hub.repositories["user/model"].files
+    files |= {"adapter_config.json": b"{}", "adapter_model.safetensors": b"earlier"}
+    done = pushed(tmp_path, hub, checkpoint, "user/model")
+    assert done["deleted"] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 FAILURES: list[tuple[str, dict[str, Any], int, str]] = [
     ("GET /api/models/user/model$", {"status": 503}, 75, "status 503"),
     ("GET /api/models/user/model$", {"status": 0}, 75, "cannot be reached"),

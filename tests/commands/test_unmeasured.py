@@ -18,10 +18,12 @@ from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 from formats.fisher_json import read_ledger
 from formats.task_file import open_task
+from support import loopback_hub
 from support.checkpoints import Write
 from support.command_line import MODEL, run
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents, fisher_of
+from support.loopback_hub import TOKEN, Hub
 from support.networks import FAST, NETWORK, make_network
 from support.together import ended, started
 
@@ -322,6 +324,17 @@ def test_fisher_measures_the_task_that_has_none(
         fisher(unmeasured, b, seed=1, **NETWORK)
     fisher(unmeasured, b, seed=1, overwrite=True, **NETWORK)  # b alone, as ever
     assert verify(unmeasured)["tasks"] == ["b"]
+
+
+def test_of_the_hub_too_the_earlier_tasks_stay(
+    unmeasured: Path, write_task: Write, tmp_path: Path, hub: Hub
+) -> None:
+    hub.put("me/last", unmeasured)
+    write_task("b", seed=1)
+    words = ("fisher", "me/last", "--data", "b.npz", "--output-dir", "out", *MODEL)
+    code, _, err = loopback_hub.run(tmp_path, *words, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN)
+    assert code == 0, err
+    assert verify(tmp_path / "out")["tasks"] == ["a", "b"]
 
 
 def test_models_with_a_task_that_is_not_measured_are_not_merged(

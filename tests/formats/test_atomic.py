@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -500,6 +501,21 @@ def test_write_file(tmp_path):
 def test_write_file_makes_the_folders_above(tmp_path):
     write_file(tmp_path / "a" / "b" / "file", "x")
     assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+
+
+def test_folders_need_not_be_synced_where_the_file_system_does_not(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def only_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    write_file(tmp_path / "file", "x")
+    with replace_folder(tmp_path / "out") as staging:
+        (staging / "a").write_text("a")
+    assert (tmp_path / "out/a").read_text() == "a"
 
 
 def test_a_mounted_folder_need_not_have_a_parent_that_can_be_written(tmp_path, monkeypatch):

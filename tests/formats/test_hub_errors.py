@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
+from formats import hub_errors
+from formats.errors import InputError, NetworkError
 from formats.hub_errors import hub_call
 from scripts.robustness.lying_hub import (
     CASES,
@@ -145,3 +147,21 @@ def test_a_revision_of_a_dataset_for_which_the_hub_names_no_commit(
     code, _, err = run_python(tmp_path, "-c", script, **variables)
     assert code == 1
     assert "InputError: user/rows: a response of the Hub names no commit" in err
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [
+        ("I/O error: No space left on device (os error 28)", True),
+        ("I/O error: quota (os error 122)", True),
+        ("connection reset (os error 104)", False),
+    ],
+)
+def test_a_transfer_that_fills_the_disk_is_not_tried_again(
+    kind: type[Exception], text: str, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hf_xet has a message alone, and no number."""
+    monkeypatch.setattr(hub_errors, "_in_client", lambda error: True)
+    found = hub_errors.explain(kind(text))
+    assert type(found) is (InputError if full else NetworkError)
