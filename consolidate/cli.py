@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     for library in ("HF_HUB", "DATASETS"):  # read when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if hasattr(sys.stdout, "reconfigure"):  # λ and … in a locale that lacks them
+        sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is None:  # closed before the start
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if not sys.stderr.isatty():

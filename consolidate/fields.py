@@ -8,10 +8,11 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from formats.errors import UsageError
+from formats.errors import InputError, UsageError
 
 R = TypeVar("R")
 
@@ -181,6 +182,8 @@ def checked(flat: Flat, value: Any) -> Any:
     where = flat.name if option.argument else f"--{flat.flag}"
     if option.dtype and value is not None:
         value = str(value).removeprefix("torch.")
+    if "Path" in str(flat.kinds):
+        value = _at_home(value, where)
     if not fits(flat.kinds, value := _plain(value)) and not option.python_only:
         raise UsageError(f"{where} {value}: expected {words_of(flat)}")
     if option.choices and isinstance(value, str) and value not in option.choices:
@@ -196,6 +199,22 @@ def checked(flat: Flat, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     return dict(value) if isinstance(value, Mapping) else value
+
+
+def _at_home(value: Any, where: str) -> Any:
+    """Put the user's home folder in the place of ~, in every path of a value."""
+    if isinstance(value, list | tuple):
+        return [_at_home(one, where) for one in value]
+    if isinstance(value, Mapping):
+        return {name: _at_home(one, where) for name, one in value.items()}
+    if not isinstance(value, str | Path) or not str(value).startswith("~"):
+        return value
+    path = Path(value)
+    try:
+        # A file that is named so is no home folder, for those either that look at the path again.
+        return type(value)(path.absolute() if path.exists() else path.expanduser())
+    except RuntimeError as error:
+        raise InputError(f"{where} {value}: not a valid path: {error}") from None
 
 
 def _plain(value: Any) -> Any:

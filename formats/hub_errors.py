@@ -73,6 +73,11 @@ def explain(error: BaseException, revision: str | None = None) -> ConsolidateErr
         return NetworkError(f"the Hub cannot be reached ({_line(str(error))})")
     if isinstance(error, OSError | MemoryError) or not _in_client(error):
         return None
+    if isinstance(error, ImportError | ValueError) and "proxy" in str(error).lower():
+        return NetworkError(
+            f"the proxy cannot be used ({_line(str(error))}): correct or unset ALL_PROXY, or "
+            "install socksio"
+        )
     if type(error) is RuntimeError:  # hf_xet raises it for any failure of a transfer
         if _FULL.search(str(error)):
             return InputError(f"a transfer failed, as the disk is full: {_line(str(error))}")

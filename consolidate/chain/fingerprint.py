@@ -183,7 +183,8 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for key, what in _IN_WORDS.items():
         if key in new and old.get(key) != new[key]:
             yield what
-    for key, what in (("evaluate", "test data"), ("validation", "validation data")):
+    for key in ("evaluate", "validation", "measure"):
+        what = {"evaluate": "test data", "measure": "data to measure"}.get(key, "validation data")
         for name, then, now in _differences(old.get(key, {}), new.get(key, {})):
             how = " added" if then is None else " removed" if now is None else ""
             yield f"{what} of {name}{how}"

@@ -113,7 +113,9 @@ def _share_trunk(model: Model, other: Model, head: Mapping[str, Tensor]) -> None
     trunk = model.module.state_dict(keep_vars=True)
     for name, tensor in other.module.state_dict(keep_vars=True).items():
         # Two dtypes only where nothing is trained and the files mix them: the values are the same.
-        if other.layout.canonical(name) not in own and tensor.dtype == trunk[name].dtype:
+        if other.layout.canonical(name) in own or name not in trunk:  # of another architecture
+            continue
+        if tensor.dtype == trunk[name].dtype:
             tensor.data = trunk[name].data
 
 
@@ -187,11 +189,14 @@ def with_saved_head(before: Chain, head: Mapping[str, Tensor]) -> FittedChain:
         offset += _penalty_of(before, head, head)
         anchor = Overlaid(anchor, without=head)
     users = [task.name for task in with_present_head(before)]
+    # A head that was saved with fewer tensors needs the others as well from now on.
+    heads = {task: {**head, **own} if head.keys() - own.keys() else own
+             for task, own in before.heads.items()}  # fmt: skip
     offsets = {"penalty_offset": offset, "factor_offset": factor_offset}
     return FittedChain(
         fisher=Overlaid(before.fisher, without=head),
         anchor=anchor,
-        heads={**before.heads, **dict.fromkeys(users, head)},
+        heads={**heads, **dict.fromkeys(users, head)},
         **{**left, "ledger": replace(left["ledger"], **offsets)},
     )
 

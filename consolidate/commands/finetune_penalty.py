@@ -1,12 +1,12 @@
 """The penalty of a fine-tuning run, made around the weights it starts from, and its forecast."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from consolidate.chain.factors import module_factors
 from consolidate.chain.fitted_chain import Chain
@@ -18,6 +18,7 @@ from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty, WeightPenalty
 from consolidate.models.lora import low_rank_layers, other_parameters
 from consolidate.models.model import Model
+from consolidate.models.tensor_names import NAME
 from consolidate.runtime.devices import best_device, dtype_of_name
 from formats.fisher_json import Block, covered
 
@@ -134,7 +135,9 @@ def _merged_penalty(
     factors = found or {"offset": stored.ledger.penalty_offset, "factors": {}, "blocks": {}}
     blocks: Mapping[str, Block] = factors["blocks"]
     of_layers = {name: b for name, b in blocks.items() if b.parameters[0] in layers}
-    names = [*held, *covered(of_layers)]
+    beside = [block for name, block in blocks.items() if name not in of_layers]
+    others |= _partners(model.module, others, beside)
+    names = [*held, *others, *covered(of_layers)]
     files = {file for name in names for file in layout.file_names(name)}
 
     def of_held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,6 +146,9 @@ def _merged_penalty(
     fisher, anchor = of_held(stored.fisher), None
     if stored.anchor is not None:
         anchor = of_held(stored.anchor)
+    elif source.base is not None and others:  # which may have moved away from the base model's
+        around = {name: source.base.weights[name] for name in stored.fisher if name in files}
+        anchor = of_held(around)
     if found is not None and (anchor is not None or stored.factor_anchor is not None):
         storage["factor_anchor"] = found["factor_anchor"]
     if found is not None and not quiet:
@@ -150,6 +156,17 @@ def _merged_penalty(
         LOG.info(USES, len({*of_layers, *of_others}))
     how = {name: factors[name] for name in ("offset", "factors", "blocks")}
     return adapter_penalty(layers, others, fisher, anchor, **how, **storage)
+
+
+def _partners(
+    module: nn.Module, others: Mapping[str, nn.Parameter], blocks: Iterable[Block]
+) -> dict[str, nn.Parameter]:
+    """Give the frozen parameters that share a matrix with one that trains beside an adapter."""
+    shared = [b.parameters for b in blocks if others.keys() & b.parameters]
+    wanted = {at for parameters in shared for at in parameters} - others.keys()
+    plain = ((name.replace(f".modules_to_save.{NAME}.", "."), p)
+             for name, p in module.named_parameters())  # fmt: skip
+    return {name: p for name, p in plain if name in wanted}
 
 
 def _alike(fitted: Fitted, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """What a fine-tuning run starts from: the model loaded, the data encoded, the penalty made."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -27,7 +27,7 @@ from consolidate.data.replay import Replay, check_alike
 from consolidate.ewc.penalty import WeightPenalty
 from consolidate.models.adapters import load
 from consolidate.models.architectures import lacks_head
-from consolidate.models.lora import adapt
+from consolidate.models.lora import adapt, low_rank_layers
 from consolidate.models.model import Model
 from consolidate.options import REPLAY_SHARE, Columns
 from consolidate.runtime.devices import best_device
@@ -72,6 +72,11 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     fitted, load_as = _fit(plan, whole=shards_among is None)
     loaded, before = fitted.model, fitted.before
     check_names_to_be(before, loaded)
+    if before is not None and not before.fisher and plan.options.measuring.no_fisher:
+        raise UsageError(
+            "--no-fisher: the Fisher so far is of the old head alone, so that nothing of the "
+            "earlier tasks would be left: leave it out"
+        )
     with_heads: dict[str, Model] = {}
     if before is not None:
         tasks = {name: name for name in (*plan.evaluate, *plan.validation)}
@@ -95,6 +100,7 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
         forecast = forecast_of(plan, fitted, None)  # before the adapter freezes the weights
         whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}
         frozen = adapt(loaded, plan.lora, whole, with_heads.values(), seed=plan.recipe.seed)
+        _check_adapted(loaded, before, with_heads)
     term = penalty_of(plan, fitted)
     if plan.lora is None:
         forecast = forecast_of(plan, fitted, term)
@@ -121,6 +127,19 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
         forecast,
         replay,
     )
+
+
+def _check_adapted(model: Model, before: Chain | None, with_heads: Collection[str]) -> None:
+    """Refuse an adapter on a layer in whose place a measured task has a head of its own."""
+    layers = low_rank_layers(model.module)
+    for task in with_heads:
+        assert before is not None
+        own = {at for file in before.heads[task] for at in model.layout.module_names(file)}
+        if both := sorted(own & layers.keys()):
+            raise UsageError(
+                f"--lora-targets: an adapter on {both[0]} would also change the saved head of "
+                f"{task}: leave that layer out (--lora-train-head trains it whole)"
+            )
 
 
 def _head(plan: "Plan", model: Model) -> list[str]:

@@ -230,8 +230,12 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
         evaluate = run_file.evaluate | {name: tests[name] for name in seen if name in tests}
         target = output / f"{number:02d}-{task.name}"
         free = own.get("penalty", "ewc" if has_fisher or number > 1 else "none") == "none"
-        values = (without_penalty(defaults) if free else defaults) | own
-        if values.get("no_fisher") and not values.get("measure"):
+        kept = {"max_forgetting"} if has_fisher else set()  # there is something to forget
+        if has_fisher and (defaults | own).get("interpolate") == "auto":
+            kept.add("validation")
+        values = (without_penalty(defaults, keep=kept) if free else defaults) | own
+        measures = values.get("measure") or values.get("interpolation") == "fisher"
+        if values.get("no_fisher") and not measures:
             values = without_estimation(values, kept=own)
         if not evaluate:
             values.pop("evaluate_every", None)

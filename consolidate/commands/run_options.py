@@ -1,6 +1,6 @@
 """The options of a run file's tasks: those of `finetune`, spelled as on the command line."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_origin
@@ -25,11 +25,11 @@ def read_options(written: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {OPTIONS[key].name: _read(OPTIONS[key], written[key], folder) for key in written}
 
 
-def without_penalty(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove the options of the penalty, for a first task, which has no Fisher yet."""
+def without_penalty(options: Mapping[str, Any], *, keep: Collection[str] = ()) -> dict[str, Any]:
+    """Remove the options of the penalty, for a task without one, except those to keep."""
     parts = ("search", "penalty")
     of_penalty = {flat.name for flat in OPTIONS.values() if flat.path[0] in parts}
-    of_penalty |= {"penalty_step", "max_forgetting"}
+    of_penalty = (of_penalty | {"penalty_step", "max_forgetting"}) - {*keep}
     kept = {name: value for name, value in options.items() if name not in of_penalty}
     return kept | {"penalty": "none"}
 

@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 _SECONDS = 120  # after which a compiler is hanging
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+_THREADS = "-fopenmp"  # which Apple's compiler lacks: one thread then
 
 
 class CompilerError(Exception):
@@ -90,7 +91,12 @@ def _compile(command: list[str], source: str, folder: Path, key: str) -> Path:
         written = Path(temporary, "source.c")
         written.write_text(source, encoding="utf-8")
         made = written.with_suffix(".so")
-        _run([*command, *_FLAGS, "-o", str(made), str(written)])
+        try:
+            _run([*command, *_FLAGS, _THREADS, "-o", str(made), str(written)])
+        except subprocess.CalledProcessError as error:
+            if _THREADS not in error.stderr:
+                raise
+            _run([*command, *_FLAGS, "-o", str(made), str(written)])
         return made.replace(folder / f"{key}-{_digest_of(made)}.so")
 
 

@@ -1,6 +1,7 @@
 """What a result is made from: the same for the same, another for what can be seen in it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,3 +16,10 @@ def test_the_source_of_a_factory_counts(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "ours.py").write_text("from support.networks import make_network  # changed\n")
     assert fingerprint.module_content("ours:make_network") != digest
     assert fingerprint.module_content("no_such_module:f") is None
+
+
+def test_data_to_measure_count() -> None:
+    before: dict[str, Any] = {"versions": {}, "options": {}, "measure": {}}
+    after = {**before, "measure": {"b": {"digest": "1"}}}
+    assert fingerprint.changes(before, after) == "data to measure of b added"
+    assert fingerprint.changes(after, before) == "data to measure of b removed"

@@ -469,6 +469,61 @@ def test_a_classifier_of_transformers_gets_new_and_wider_heads(
     verify(tmp_path / "c")
 
 
+def test_a_head_of_more_parameters_than_one_that_was_saved(
+    start: Path, pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = pairs(0, 1)
+    consolidate.fisher(start, data, task="a", **MODEL)
+    options: dict[str, Any] = {"ewc_lambda": 10.0, "head": "new", **FAST}
+    finetune(start, pairs(2, 3), task="b", output_dir=tmp_path / "b", **options)
+    finetune(
+        tmp_path / "b", pairs(4, 5), task="c", output_dir=tmp_path / "c",
+        head_parameters=["0.*", "2.*"], **options,
+    )  # fmt: skip
+    one, two = (evaluate(tmp_path / at, {"a": data}, **MODEL)["a"] for at in "bc")
+    assert one == two
+    assert head_of(tmp_path / "c", "a").keys() == head_of(tmp_path / "c", "b").keys()
+
+
+def test_what_would_lose_the_earlier_tasks_is_refused(
+    start: Path, pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    consolidate.fisher(start, pairs(0, 1), task="a", freeze=["0.*"], **MODEL)
+    with pytest.raises(UsageError, match="--no-fisher: the Fisher so far is of the old head alone"):
+        finetune(
+            start, pairs(2, 3), task="b", output_dir=tmp_path / "b", ewc_lambda=1.0, head="new",
+            no_fisher=True, **FAST,
+        )  # fmt: skip
+
+
+def test_an_adapter_on_the_place_of_a_saved_head_is_refused(
+    start: Path, pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    a, b = pairs(0, 1), pairs(2, 3)
+    consolidate.fisher(start, a, task="a", **MODEL)
+    options: dict[str, Any] = {"ewc_lambda": 10.0, "evaluate": {"a": a}, **FAST}
+    finetune(start, b, task="b", output_dir=tmp_path / "b", head="new", **options)
+    options |= {"lora_rank": 1, "lora_targets": ["2"], "output_dir": tmp_path / "c"}
+    with pytest.raises(UsageError, match="would also change the saved head of a"):
+        finetune(tmp_path / "b", b, task="c", **options)
+    finetune(tmp_path / "b", b, task="c", **options | {"lora_targets": ["0"]})
+
+
+def test_heads_of_tasks_with_different_objectives(tmp_path: Path) -> None:
+    config = tiny_models.bert_config(num_labels=2)
+    kind = transformers.BertForSequenceClassification  # with a pooler, which the other lacks
+    folder = tiny_models.save(tmp_path / "start", kind, config, tiny_models.word_tokenizer())
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text('{"text": "the cat", "label": 0}\n{"text": "a dog", "label": 1}\n')
+    new.write_text('{"tokens": ["a", "dog"], "labels": ["O", "X"]}\n')
+    consolidate.fisher(folder, old, task="old")
+    first = evaluate(folder, {"old": old})["old"]
+    options: dict[str, Any] = {"objective": "token-classification", "head": "new"}
+    options |= {"ewc_lambda": 1.0, "max_steps": 1, "learning_rate": 1e-9, "evaluate": {"old": old}}
+    found = finetune(folder, new, task="new", output_dir=tmp_path / "out", **options)
+    assert found["metrics"]["after"]["old"]["loss"] == pytest.approx(first["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("objective", ["multi-label", "regression", "token-classification"])
 def test_other_objectives_get_heads(tmp_path: Path, objective: str) -> None:
     cls = {"token-classification": transformers.BertForTokenClassification}.get(

@@ -638,6 +638,7 @@ def test_quantized_weights_are_refused(gpt2: Path, dtype: torch.dtype) -> None:
     assert not (gpt2 / "fisher").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 def test_a_full_disk_for_the_texts(
     gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

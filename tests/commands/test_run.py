@@ -18,7 +18,7 @@ import consolidate.commands.run
 from consolidate.api import verify
 from consolidate.commands import finetune_run
 from formats.atomic import claimed, claimed_in_place
-from formats.errors import InputError, UsageError
+from formats.errors import ForgettingError, InputError, UsageError
 from formats.fisher_folder import read_fisher
 from support import tiny_models
 from support.checkpoints import Write
@@ -265,6 +265,26 @@ def test_a_task_after_the_first_is_never_left_without_its_penalty(
         sum(float((b[name] - a[name]).square().sum()) for name in a) for a, b in (protected, free)
     ]
     assert moved[0] < 0.5 * moved[1]
+
+
+def test_a_limit_on_forgetting_is_one_without_a_penalty_too(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    model = {"model": "support.networks:make_network"}
+    old = write_task("old")
+    consolidate.finetune(
+        network_checkpoint, old, output_dir=tmp_path / "learned", epochs=20, penalty="none",
+        optimizer="adam", learning_rate=0.01, **model,
+    )  # fmt: skip
+    write_task("a", seed=1)
+    head = TASKS.replace("[config]\nsizes = [6, 8, 3]\n", "").replace("epochs = 3", "epochs = 30")
+    head = head.replace("ewc-lambda = 10", "ewc-lambda = 10\nmax-forgetting = 0.01")
+    (tmp_path / "tasks.toml").write_text(
+        'start = "learned"\n' + head + '[evaluate]\nold = "old.npz"\n'
+        '[[task]]\nname = "a"\ndata = "a.npz"\npenalty = "none"\n'
+    )
+    with pytest.raises(ForgettingError, match="old"):
+        consolidate.run(tmp_path / "tasks.toml")
 
 
 def test_a_flipped_bit_is_found_and_made_good(tasks: Path, tmp_path: Path) -> None:

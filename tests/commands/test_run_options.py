@@ -121,6 +121,8 @@ def test_a_value_out_of_its_range() -> None:
 def test_a_first_task_is_trained_freely() -> None:
     given = {"ewc_lambda": 1.0, "penalty_step": "proximal", "max_forgetting": 0.1, "epochs": 2}
     assert without_penalty(given) == {"penalty": "none", "epochs": 2}
+    kept = without_penalty(given, keep={"max_forgetting"})
+    assert kept == {"penalty": "none", "epochs": 2, "max_forgetting": 0.1}
 
 
 def test_a_task_that_is_only_measured_takes_the_options_of_fisher() -> None:

@@ -149,6 +149,15 @@ def test_a_revision_of_a_dataset_for_which_the_hub_names_no_commit(
     assert "InputError: user/rows: a response of the Hub names no commit" in err
 
 
+def test_a_proxy_that_cannot_be_used_is_no_answer_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub_errors, "_in_client", lambda error: True)
+    found = hub_errors.explain(ImportError("Using SOCKS proxy, but 'socksio' is not installed"))
+    assert type(found) is NetworkError
+    assert "install socksio" in str(found)
+
+
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
 @pytest.mark.parametrize(
     ("text", "full"),

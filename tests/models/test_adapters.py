@@ -719,3 +719,31 @@ def test_tied_weights_of_transformers_and_adapters_are_interpolated(
     if kind == "whole":
         tied = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "half")
         assert tied.lm_head.weight is tied.transformer.wte.weight
+
+
+def test_what_trains_beside_an_adapter_is_held_where_the_base_model_is(
+    tmp_path: Path,
+) -> None:
+    """Not where the adapter has it."""
+    kind = transformers.BertForSequenceClassification
+    base = save(tmp_path / "bert", kind, bert_config(num_labels=3), word_tokenizer())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the cat", "label": 0}\n{"text": "a dog", "label": 2}\n')
+    fisher(base, rows, task="old")
+    options: dict[str, Any] = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
+    folder = peft_adapter(tmp_path / "adapter", base, kind, fan_in_fan_out=False, **options)
+    stored = load_file(folder / "adapter_model.safetensors")
+    for name in stored:
+        if "classifier" in name:
+            stored[name] += 0.5
+    save_file(stored, folder / "adapter_model.safetensors", {"format": "pt"})
+    found = finetune(
+        folder, rows, task="new", output_dir=tmp_path / "out", ewc_lambda=2.0, max_steps=1,
+        learning_rate=1e-9, no_fisher=True,
+    )  # fmt: skip
+    model = read_by_peft(folder, base, kind)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
+    value = load_penalty(model, base, ewc_lambda=2.0).value()
+    assert value > 0
+    assert found["penalty_value"] == pytest.approx(value, rel=1e-4)

@@ -31,6 +31,8 @@ from support.checkpoints import Write
 from support.command_line import MODEL, finished, launched, run
 from support.json_schema import SCHEMA
 
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
 
 def test_fisher_finetune_evaluate_show_verify(
     capsys: pytest.CaptureFixture[str], network_checkpoint: Path, write_task: Write, tmp_path: Path
@@ -201,7 +203,9 @@ def test_a_failing_command_says_so_in_json_too(
         ('"$@" >&-', ["show", "no such", "--json"], 3, "error: no such: no such file or folder\n"),
         ('"$@" >&-', ["--version"], 0, ""),
         ('"$@" 2>&-', ["show", "no such"], 3, ""),
-        ('"$@" >/dev/full', ["--version"], 3, "error: output: no space left\n"),
+        pytest.param(
+            *('"$@" >/dev/full', ["--version"], 3, "error: output: no space left\n"), marks=FULL
+        ),
         ('trap "" PIPE; { "$@"; echo $? >&2; } | true', ["fisher", "--help"], 0, "141\n"),
     ],
 )
@@ -555,6 +559,31 @@ def test_a_signal_is_not_lost_while_torch_is_imported(
     assert done.stderr in ("interrupted\n", "terminated\n")
 
 
+def test_letters_that_the_terminal_lacks_end_no_command() -> None:
+    variables = {"PYTHONIOENCODING": "latin-1"}
+    code, out, err = finished(launched("finetune", "--help", variables=variables, text=False))
+    assert (code, err) == (0, b"")
+    assert b"\\u03bb" in out
+
+
+def test_the_home_folder_in_every_path(
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start, data = f"~/{network_checkpoint.name}", f"~/{write_task('old').name}"
+    words = ("fisher", start, "--data", data, *MODEL, "--output-dir=~/out")
+    code, _, err = run(capsys, *words)
+    assert code == 0, err
+    assert (tmp_path / "out/fisher/fisher.json").exists()
+    code, _, err = run(capsys, "show", "~nobody-of-that-name/out")
+    assert (code, "not a valid path" in err) == (3, True)
+
+
+@FULL
 def test_what_cannot_be_printed_is_said(network_checkpoint: Path, write_task: Write) -> None:
     with open("/dev/full", "w") as full:
         words = ("fisher", network_checkpoint, "--data", write_task("old"), *MODEL)

@@ -53,7 +53,8 @@ def bounded(seconds: int = 20, memory: int = 2**30) -> Iterator[None]:
         raise TimeoutError(f"it computes for more than {seconds} s")
 
     before = signal.signal(signal.SIGPROF, stop)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    statm = Path("/proc/self/statm")  # of Linux
+    used = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 2**40
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     resource.setrlimit(resource.RLIMIT_AS, (used + memory, hard))
