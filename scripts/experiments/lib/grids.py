@@ -171,7 +171,8 @@ BLOCK_METHODS = ("inputs",)
 
 def seeds(setting: str, method: str = "") -> int:
     """Return how many seeds a method has in a setting; without one, most methods of it."""
-    return FIRST_SEEDS if method in CANDIDATES else SEEDS.get(setting, FIRST_SEEDS)
+    few = method in CANDIDATES or (setting == "newsgroups" and method in OTHERS)
+    return FIRST_SEEDS if few else SEEDS.get(setting, FIRST_SEEDS)
 
 
 def left_out(setting: str) -> list[str]:

@@ -453,6 +453,8 @@ def _growing(setting: Setting) -> str:
 def _left_out(name: str) -> str:
     """Name the methods that other settings have and this one has not, and how many seeds it has."""
     words = f"{seeds(name)} seeds"
+    if fewer := {seeds(name, method) for method in GRIDS[name]} - {seeds(name)}:
+        words += f" ({min(fewer)} of the methods that are not among the main ones)"
     if missing := left_out(name):
         words += "; to limit the cost, without these: " + "; ".join(TITLES[one] for one in missing)
     return words + "."
