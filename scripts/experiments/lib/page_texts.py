@@ -106,7 +106,7 @@ wins a tie: a part of what `inputs` gains over it may be the rate (at one rate f
 [2.5 ± 0.6 points](../structures.md)).
 
 The methods that are not among the main ones have three strengths where EWC has four; joint training
-has one learning rate, that of the old task, and no search. Few seeds are few for a bootstrap over
+has one learning rate, that of the old task, and no search. Four seeds are few for a bootstrap over
 seeds: the errors are rather too small.
 """,
     ),
