@@ -33,6 +33,19 @@ def test_a_library_is_compiled_once_for_each_source(cache, monkeypatch):
 
 
 @needs_a_compiler
+def test_a_compiler_without_openmp_will_do(tmp_path, monkeypatch):
+    """As Apple's."""
+    lacking = tmp_path / "cc"
+    lacking.write_text(
+        '#!/bin/sh\ncase "$*" in *-fopenmp*) echo "error: no option -fopenmp" >&2; exit 1;; '
+        f'esac\nexec {compiler._compiler()} "$@"\n'
+    )
+    lacking.chmod(0o755)
+    monkeypatch.setenv("CC", str(lacking))
+    assert compiled(THREE).number() == 3
+
+
+@needs_a_compiler
 def test_another_processor_has_another_library(cache, monkeypatch):
     compiled(THREE)
     read = Path.read_text
