@@ -377,19 +377,22 @@ def tiny(**options: Any) -> protocol.Settings:
 
 @pytest.mark.parametrize("likelihood", [protocol.GAUSSIAN, protocol.SOFTMAX])
 def test_the_penalty_is_the_sum_over_all_other_games(likelihood: str) -> None:
-    run = protocol.Run(tiny(likelihood=likelihood), protocol.EWC, 0)
+    games_ = ("breakout", "space_invaders", "asterix")
+    run = protocol.Run(tiny(likelihood=likelihood, games=games_), protocol.EWC, 0)
     run.play(protocol.schedule(run.settings, 0))
-    assert set(run.contexts) == {0, 1}
+    assert set(run.contexts) == {0, 1, 2}
     shared = run.agent.network.shared()
     assert all(set(one.fisher) == set(shared) for one in run.contexts.values())
     assert all(
         max(float(f.max()) for f in one.fisher.values()) > 0 for one in run.contexts.values()
     )
-    penalty, other = run.agent.penalty, run.contexts[1 - run.context]
+    penalty = run.agent.penalty
+    others = [one for number, one in run.contexts.items() if number != run.context]
     assert penalty is not None
     expected = 5.0 * sum(
         float((other.fisher[name] * (p.detach() - other.anchor[name]).square()).sum())
         for name, p in shared.items()
+        for other in others
     )
     assert penalty.value() == pytest.approx(expected, rel=1e-4)
 
@@ -414,6 +417,33 @@ def test_a_run_with_the_recogniser_measures_all_that_the_page_needs() -> None:
     }  # fmt: skip
     assert found["recognition"][CHANNELS]["switches"] == 3
     assert found["contexts"][0] == [0, 0]
+
+
+def test_a_look_with_the_recogniser_follows_the_last_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = protocol.Run(tiny(window=4, look_steps=12), protocol.RECOGNISED, 0)
+    run.play(protocol.schedule(run.settings, 0)[:1])
+    seen = []
+
+    def best(frames: Sequence[Any]) -> NDArray[np.int64]:
+        seen.append(len(frames))
+        return np.zeros(run.settings.look_copies, np.int64)
+
+    monkeypatch.setattr(run, "_best", best)
+    monkeypatch.setattr(protocol.Copies, "act", lambda self, _: (np.zeros(2), np.zeros(2, bool)))
+    run.score(0)
+    assert seen == [1, 2, 3, 4, 4, 4]  # each frame of the first window, then the ends of windows
+
+
+@pytest.mark.parametrize("method", [protocol.EWC, protocol.RECOGNISED])
+def test_looks_leave_the_training_as_it_is(method: str) -> None:
+    one, other = (protocol.Run(tiny(looks=looks), method, 0) for looks in (1, 12))
+    for run in (one, other):
+        run.play(protocol.schedule(run.settings, 0))
+    assert len(one.looks) < len(other.looks)
+    for name, p in one.agent.network.named_parameters():
+        assert torch.equal(p, other.agent.network.get_parameter(name)), name
 
 
 def test_joint_training_plays_all_games_in_turn() -> None:
@@ -473,10 +503,21 @@ def test_the_search_goes_beyond_an_end_where_the_best_is() -> None:
         for one in tried
     }
     first = {(*key, x) for key, values in games.STRENGTHS.items() for x in values}
-    beyond = {(protocol.EWC, protocol.GAUSSIAN, 1e4), (protocol.EWC, protocol.GAUSSIAN, 1e5)}
-    assert strengths - first == beyond | {
+    assert strengths - first == {
+        (protocol.EWC, protocol.GAUSSIAN, 1e4), (protocol.EWC, protocol.GAUSSIAN, 1e5),
+        (protocol.EWC, protocol.SOFTMAX, 1e4), (protocol.EWC, protocol.SOFTMAX, 1e5),
         (protocol.L2, protocol.GAUSSIAN, 1.0), (protocol.L2, protocol.GAUSSIAN, 10.0),
     }  # fmt: skip
+
+
+def test_a_game_that_is_not_played_counts_more_in_the_search() -> None:
+    figures = {
+        "stretches": [[0, 100], [1, 100]],
+        "looks": [[50, 9.0, 9.0], [100, 9.0, 9.0], [150, 1.0, 3.0], [200, 2.0, 5.0]],
+    }
+    found = games.searched_score(figures, [(1.0, 5.0), (1.0, 5.0)])
+    weighted = games.ABSENT * 0.0 + 0.5 + games.ABSENT * 0.25 + 1.0
+    assert found == pytest.approx(weighted / (2 * games.ABSENT + 2))
 
 
 def test_scores_are_clipped_and_games_that_are_not_learned_stand_apart() -> None:

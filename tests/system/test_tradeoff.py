@@ -25,7 +25,7 @@ from scripts.experiments.lib.curves import (
     unpacked,
 )
 from scripts.experiments.lib.digests import code_digest, meaning
-from scripts.experiments.lib.grids import CANDIDATES, FIRST, GRIDS, OTHERS, left_out
+from scripts.experiments.lib.grids import CANDIDATES, FIRST, GRIDS, left_out
 from scripts.experiments.lib.records import (
     Record,
     RecordsError,
@@ -124,6 +124,60 @@ def test_the_error_of_seeds_that_are_alike_is_that_of_their_rows() -> None:
     # The level is fixed while the rows are drawn, so the new score's error adds to the old one's.
     share = curve.means()[1][1]
     assert math.sqrt(share * (1 - share) / 2000 / 2) * 0.9 < found.error < 0.05
+
+
+def test_the_error_of_few_seeds_is_no_smaller_than_theirs() -> None:
+    ones = np.ones((1, 500))
+    some = {seed: Curve(ones, value * ones) for seed, value in enumerate((0.1, 0.4, 0.7))}
+    # Rows that are all alike: what is left is s/√n of the three.
+    assert estimate(some, 0.5, draws=4000).error == pytest.approx(0.3 / math.sqrt(3), rel=0.03)
+
+
+def test_a_training_without_a_penalty_that_failed_is_no_lower_end() -> None:
+    learned, kept = np.full((2, 50), 0.8), np.full((2, 50), 0.6)
+    learned[1] = kept[1] = 0.05
+    curve = Curve(learned, kept)
+    assert estimate({0: curve}, 0.5).bound == ""
+    assert estimate({0: curve._replace(ended=True)}, 0.5).bound == "≥"
+
+
+def test_curves_end_at_training_without_a_penalty_at_their_rate() -> None:
+    rows = tradeoff.pages.PAGES["vision"].rows
+
+    def record(method: str, rate: float, strength: float, seed: int) -> Record:
+        point = {
+            "outcomes": [np.packbits(np.ones(n, bool)).tobytes().hex() for n in rows],
+            "validation": [0.5, 0.5],
+        }
+        settings = {"rate": rate, "strength": strength, "alphas": [1.0]}
+        unit = Unit("vision", method, seed, settings)
+        return Record(unit, {"points": {"1": point}}, 1.0, {})
+
+    records = [
+        record(method, rate, strength, seed)
+        for method, rate, strength in (
+            *(("free", rate, rate) for rate in (0.001, 0.003)),
+            *(("l2", 0.003, strength) for strength in (0.1, 1.0)),
+            ("ewc", 0.01, 30.0),
+            ("lora_convolutions", 0.003, 0.003),
+        )
+        for seed in range(2)
+    ]
+
+    def units(method: str, seed: int) -> list[str]:
+        return [r.unit.digest for r in records if (r.unit.method, r.unit.seed) == (method, seed)]
+
+    curves = tradeoff.pages.sorted_out("vision", records, units).curves
+    found = {
+        method: [(len(one.learned), one.ended) for one in curves[method].values()]
+        for method in ("free", "l2", "ewc", "lora_convolutions")
+    }
+    assert found == {
+        "free": [(2, False)] * 2,
+        "l2": [(3, True)] * 2,
+        "ewc": [(1, False)] * 2,  # nothing was trained without a penalty at that rate
+        "lora_convolutions": [(1, False)] * 2,
+    }
 
 
 def test_a_level_that_is_not_learned_is_not_reached() -> None:
@@ -347,8 +401,7 @@ def test_a_setting_has_as_many_seeds_as_it_can_afford(setting: str, count: int) 
     units = tradeoff.sittings.all_units(experiment, [], False)
     for method in GRIDS[setting]:
         numbers = {unit.seed for unit in units if unit.method == method}
-        few = method in CANDIDATES or (setting == "newsgroups" and method in OTHERS)
-        assert numbers == set(range(3 if few else count)), method
+        assert numbers == set(range(3 if method in CANDIDATES else count)), method
     assert {unit.method for unit in units} == GRIDS[setting].keys()
 
 

@@ -24,11 +24,14 @@ ORDER = {
     "text_chain": (MAIN,),  # a seed of all methods before the next seed
 }
 """Of a setting whose units take long: what is done first, all seeds of it."""
+FASTER = ("l2_faster", "ewc_faster", "interpolation_faster")
+"""Methods at the rate of another penalty, where the search hardly preferred a smaller one."""
 CANDIDATES = ("ewc_floor", "ewc_tempered")
 """Changes of EWC that have to earn a place: FIRST_SEEDS seeds, in few settings."""
 OTHERS = (
     *WITHOUT_DATA,
     *("l2_growing", "fewer_steps", "freeze", "distill", "lora_ewc", "replay", "joint"),
+    *FASTER,
     *CANDIDATES,
 )
 REFERENCES = ("replay", "joint")
@@ -64,6 +67,9 @@ NEWSGROUPS = {
     "ewc": Grid(RATES, (1e4, 3e4, 1e5, 3e5), (1.0, 0.75, 0.5)),
     "inputs": Grid(RATES, (1e4, 3e4, 1e5, 4e5), (1.0, 0.75, 0.5)),
     "lora_ewc": Grid((3e-4, 1e-3, 3e-3), (3e4, 1e5, 3e5)),
+    "l2_faster": Grid((3e-4,), (0.3, 1.0, 3.0)),
+    "ewc_faster": Grid((3e-4,), (3e4, 1e5, 3e5)),
+    "interpolation_faster": Grid((3e-4,), (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
     "ewc_floor": Grid(RATES, (3e4, 1e5, 3e5)),
     "ewc_tempered": Grid(RATES, (1e4, 3e4, 1e5)),  # whose trace is about 3.4 times EWC's
 }
@@ -131,6 +137,7 @@ PICTURE_RATES = (1e-3, 3e-3, 1e-2)
 VISION = {
     "free": Grid(PICTURE_RATES),
     "l2": Grid(PICTURE_RATES, (0.003, 0.015, 0.06, 0.2, 0.6)),
+    "l2_faster": Grid((1e-2,), (0.003, 0.015, 0.06, 0.2, 0.6)),
     "interpolation": Grid(PICTURE_RATES, (1.0,), (0.5, 0.2, 0.35, 0.65, 0.8)),
     "lora_convolutions": Grid((3e-3, 1e-2, 3e-2)),
     "ewc": Grid(PICTURE_RATES, (3e1, 3e2, 3e3), (1.0, 0.75, 0.5)),
@@ -161,7 +168,7 @@ GRIDS = {
     "tagging": TAGGING,
     "vision": VISION,
 }
-FISHER_METHODS = ("ewc", "lora_ewc", "ewc_floor")
+FISHER_METHODS = ("ewc", "ewc_faster", "lora_ewc", "ewc_floor")
 TEXT_METHODS = tuple(name for name in WITHOUT_DATA if name != "replay_generated")
 SAME_RATE = {name: name.partition("_")[0] for name in TEXT_METHODS}
 """What has the rate of another method, from which it differs only by the texts of its Fisher."""
@@ -171,8 +178,7 @@ BLOCK_METHODS = ("inputs",)
 
 def seeds(setting: str, method: str = "") -> int:
     """Return how many seeds a method has in a setting; without one, most methods of it."""
-    few = method in CANDIDATES or (setting == "newsgroups" and method in OTHERS)
-    return FIRST_SEEDS if few else SEEDS.get(setting, FIRST_SEEDS)
+    return FIRST_SEEDS if method in CANDIDATES else SEEDS.get(setting, FIRST_SEEDS)
 
 
 def left_out(setting: str) -> list[str]:
@@ -182,7 +188,7 @@ def left_out(setting: str) -> list[str]:
     return [
         name
         for name in MAIN + OTHERS
-        if name not in grids
+        if name not in (*grids, *FASTER)
         and not (name in other and other & grids.keys())
         and not (name in WITHOUT_DATA and not grids.keys() & set(WITHOUT_DATA))
     ]

@@ -19,6 +19,7 @@ from scripts.experiments.lib.curves import (
 )
 from scripts.experiments.lib.grids import (
     CANDIDATES,
+    FASTER,
     GRIDS,
     MAIN,
     OTHERS,
@@ -47,11 +48,13 @@ OURS = (
 )
 EVERYWHERE = {"ewc": COLOURS[6], "inputs": COLOURS[5]}
 """In every panel, in the same colours."""
+ENDLESS = ("lora", "lora_convolutions", "lora_ewc", "free", "freeze", "joint")
+"""Methods whose limit is no training of all weights without a penalty, at the same rate."""
 PANELS = (
     ("lora", "lora_convolutions", "interpolation", "free", "l2"),
     ("l2_growing", "fewer_steps", "freeze", "distill"),
     ("ewc_interpolated", "inputs_interpolated", "lora_ewc", "replay", "joint"),
-    CANDIDATES,
+    (*FASTER, *CANDIDATES),
     ("ewc_generated", "ewc_many", "ewc_data_many", "inputs_data_many", "replay_generated"),
     ("inputs_generated", "inputs_many", "inputs_random_many"),
     ("ewc_prompted", "inputs_prompted", "ewc_opened", "inputs_opened"),
@@ -93,11 +96,10 @@ def sorted_out(name: str, records: Sequence[Record], units: Units) -> Setting:
                 points = [(some[0], alpha) for alpha in sorted(some[0].unit.settings["alphas"])]
             else:
                 points = [(record, 1.0) for record in some]
-            if method == "interpolation":  # the end of its way
-                rate = some[0].unit.settings["rate"]
-                free = found["free"].get(seed, ())
-                points += [(one, 1.0) for one in free if one.unit.settings["rate"] == rate]
-            curves[method][seed] = _curve(points, rows)
+            rate = some[0].unit.settings["rate"]
+            free = [] if method in ENDLESS else found["free"].get(seed, [])
+            ends = [(one, 1.0) for one in free if one.unit.settings["rate"] == rate]
+            curves[method][seed] = _curve([*points, *ends], rows)._replace(ended=bool(ends))
     for method in EVERYWHERE:
         share = chosen_share(found[method])
         for seed, some in found[method].items():
@@ -264,7 +266,7 @@ def tried_table(setting: Setting) -> str:
                     [
                         TITLES[method],
                         f"{given['rate']:g}",
-                        f"{given['strength']:g}" if given["strength"] != given["rate"] else "–",
+                        _strength(setting.name, record),
                         f"{alpha:g}",
                         *(f"{scale.factor * value:.{scale.digits}f}" for value in means),
                         f"{record.figures['steps']}",
@@ -274,6 +276,12 @@ def tried_table(setting: Setting) -> str:
                 )
     header = ["", "rate", "strength", "share", "old, validation", "new, validation"]
     return markdown([*header, "old, test", "new, test", "steps", "seconds", "seeds"], rows)
+
+
+def _strength(setting: str, record: Record) -> str:
+    """Write a record's strength, where its method has one."""
+    unit = record.unit
+    return f"{unit.settings['strength']:g}" if GRIDS[setting][unit.method].strengths else "–"
 
 
 def forgotten(setting: Setting) -> str:
@@ -334,7 +342,7 @@ def forgotten_in_chains(setting: Setting) -> str:
             some = [records[at] for records in by_seed.values()]
             given = some[0].unit.settings
             lost = mean([scale.factor * record.figures["forgetting"] for record in some])
-            strength = f"{given['strength']:g}" if given["strength"] != given["rate"] else "–"
+            strength = _strength(setting.name, some[0])
             error = "" if math.isnan(lost.error) else f" ± {lost.error:.{scale.digits}f}"
             value = f"{lost.value:.{scale.digits}f}{error} ({lost.seeds})"
             rows.append([TITLES[method], f"{given['rate']:g}", strength, value])
@@ -363,6 +371,10 @@ def draw(setting: Setting, folder: Path) -> None:
             if not curves:
                 continue
             means = np.array([curve.means() for curve in curves.values()]) * factor
+            if all(one.ended for one in curves.values()) and means[..., -1].mean(0)[0] < (
+                means[..., :-1].mean(0)[0].max()
+            ):
+                means = means[..., :-1]  # trained without a penalty, some seeds failed
             learned, kept = means.mean(0)
             order = np.argsort(learned, kind="stable")
             count = len(means)
@@ -454,7 +466,7 @@ def _left_out(name: str) -> str:
     """Name the methods that other settings have and this one has not, and how many seeds it has."""
     words = f"{seeds(name)} seeds"
     if fewer := {seeds(name, method) for method in GRIDS[name]} - {seeds(name)}:
-        words += f" ({min(fewer)} of the methods that are not among the main ones)"
+        words += f" ({min(fewer)} of the two changes of EWC)"
     if missing := left_out(name):
         words += "; to limit the cost, without these: " + "; ".join(TITLES[one] for one in missing)
     return words + "."

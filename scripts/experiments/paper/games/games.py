@@ -8,10 +8,12 @@ With `--suite atari` the same program plays Atari's games with the published net
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from scripts.experiments.lib.records import Experiment, Figures, Record, Unit, best
 from scripts.experiments.lib.sittings import main
@@ -26,7 +28,7 @@ from scripts.experiments.paper.games.environments import (
     PACKAGES,
     REPEATS,
 )
-from scripts.experiments.paper.games.games_page import REACHED, report
+from scripts.experiments.paper.games.games_page import REACHED, report, scores
 from scripts.experiments.paper.games.protocol import (
     EWC,
     GAUSSIAN,
@@ -53,15 +55,19 @@ ROWS = {
     CHANNELS: (JOINT, NONE, L2, EWC, RECOGNISED, SHARED, HEADS),
     OCCUPIED: (NONE, EWC, RECOGNISED),
 }
+LATER = (JOINT, L2, SHARED, HEADS)
 SEARCHED = ("breakout", "space_invaders")
 SEARCH_SEED = 1000  # of no row
 STRENGTHS = {
     (EWC, GAUSSIAN): (1.0, 10.0, 100.0, 1000.0),
     (EWC, SOFTMAX): (1.0, 10.0, 100.0, 1000.0),
     (L2, GAUSSIAN): (0.001, 0.01, 0.1),
+    (NONE, GAUSSIAN): (0.0,),  # to compare with
 }
 """What is tried first; while the best is at an end, ten times beyond it, BEYOND times at most."""
 BEYOND = 2
+ABSENT = len(GAMES[MINATAR]) - 1
+"""How much the game that is not played counts in the search: so many are not played in the rows."""
 SPEED = {MINATAR: 1000.0, ATARI: 30.0}
 """Steps a second of one core: measured for MinAtar, at most so many for Atari."""
 
@@ -118,12 +124,25 @@ SMALL_ATARI = replace(
 
 
 def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
-    """List the single games, the search on two of them, and once it is done all rows."""
+    """List the single games, the search on two of them, and once it is done all rows.
+
+    The view with channels comes first, a seed at a time, and of a seed the paper's claims.
+    """
+    return sorted(_units(records, quick), key=_turn)
+
+
+def _turn(unit: Unit) -> tuple[bool, int, bool]:
+    seed = 0 if unit.method == SEARCH else unit.seed
+    return unit.settings["view"] == OCCUPIED, seed, unit.method in LATER
+
+
+def _units(records: Sequence[Record], quick: bool) -> list[Unit]:
     base, seeds = (SMALL, 1) if quick else (BASE, SEEDS)
     units = [_atari_unit(quick)]
     for view in ROWS:
         for game in base.games:
-            one = replace(base, view=view, games=(game,))
+            noise = base.noise if view == CHANNELS else ()
+            one = replace(base, view=view, games=(game,), noise=noise)
             units += [_unit(SINGLE, one, seed) for seed in range(seeds)]
     done = {record.unit.digest: record for record in records}
     references = []
@@ -134,7 +153,7 @@ def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
         figures = done[unit.digest].figures
         references.append([figures.get("random", 0.0), figures.get("end", 1.0)])
     found: dict[str, Settings] = {}
-    for method in (EWC, L2):
+    for method in (EWC, L2, NONE):
         search, is_done = _search(base, method, references, done, quick)
         units += search
         if is_done:
@@ -155,30 +174,43 @@ def _search(
     base: Settings, method: str, references: Any, done: Mapping[str, Record], quick: bool
 ) -> tuple[list[Unit], bool]:
     """Return the trials of a method so far, and whether these are all."""
-    two = replace(base, games=SEARCHED, visits=2, looks=base.looks // 3 or 1, noise=())
+    two = replace(
+        base,
+        games=SEARCHED,
+        visits=2,
+        stretch=base.stretch // 2,
+        looks=base.looks // 3 or 1,
+        noise=(),
+    )
 
     def trial(likelihood: str, strength: float) -> Unit:
         one = replace(two, ewc_lambda=strength, likelihood=likelihood)
         return _unit(SEARCH, one, SEARCH_SEED, searched=method, references=references)
 
-    tried = {
-        likelihood: list(strengths[:1] if quick else strengths)
-        for (searched, likelihood), strengths in STRENGTHS.items()
-        if searched == method
-    }
-    for _ in range(BEYOND + 1):
-        units = [trial(at, strength) for at, strengths in tried.items() for strength in strengths]
+    units: list[Unit] = []
+    for (searched, likelihood), strengths in STRENGTHS.items():
+        if searched == method:
+            units += _tried(partial(trial, likelihood), strengths[: 1 if quick else None], done)
+    return units, all(unit.digest in done for unit in units)
+
+
+def _tried(
+    trial: Callable[[float], Unit], strengths: Sequence[float], done: Mapping[str, Record]
+) -> list[Unit]:
+    """Return the trials of some strengths, and of further ones beyond an end that is best."""
+    tried = list(strengths)
+    for _ in range(BEYOND if len(tried) > 1 else 0):
+        units = [trial(strength) for strength in tried]
         if any(unit.digest not in done for unit in units):
-            return units, False
-        found = best([done[unit.digest] for unit in units]).unit.settings
-        strength, strengths = found["ewc_lambda"], tried[found["likelihood"]]
-        if quick or strength not in (strengths[0], strengths[-1]):
             break
-        if strength == strengths[0]:
-            strengths.insert(0, float(f"{strength / 10:g}"))
+        strength = best([done[unit.digest] for unit in units]).unit.settings["ewc_lambda"]
+        if strength == tried[0]:
+            tried.insert(0, float(f"{strength / 10:g}"))
+        elif strength == tried[-1]:
+            tried.append(strength * 10)
         else:
-            strengths.append(strength * 10)
-    return units, True
+            break
+    return [trial(strength) for strength in tried]
 
 
 def _unit(method: str, settings: Settings, seed: int, name: str = NAME, **others: Any) -> Unit:
@@ -221,18 +253,29 @@ def measure(unit: Unit) -> Figures:
         figures = measure_single(settings, unit.seed)
     elif unit.method == SEARCH:
         figures = measure_sequence(settings, unit.settings["searched"], unit.seed)
-        figures = {"looks": figures["looks"], "steps": figures["steps"]}
-        looks = figures["looks"]
-        scores = [
-            min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.0
-            for look in looks[len(looks) // 2 :]  # of the second visits, about
-            for value, (low, high) in zip(look[1:], unit.settings["references"], strict=True)
-        ]
-        figures["validation"] = sum(scores) / len(scores)
+        figures["validation"] = searched_score(figures, unit.settings["references"])
     else:
         figures = measure_sequence(settings, unit.method, unit.seed)
     figures["steps a second"] = figures["steps"] / (time.process_time() - began)
     return figures
+
+
+def searched_score(figures: Figures, references: Sequence[tuple[float, float]]) -> float:
+    """Return the mean score over the second half; a game that is not played counts ABSENT times.
+
+    Args:
+        figures: Of a run.
+        references: Returns of random actions and of a single agent, by game.
+    """
+    ends = np.cumsum([steps for _, steps in figures["stretches"]])
+    total = weights = 0.0
+    for step, *found in figures["looks"][len(figures["looks"]) // 2 :]:
+        played, _ = figures["stretches"][int(np.searchsorted(ends, step))]
+        for game, (value, pair) in enumerate(zip(found, references, strict=True)):
+            weight = 1 if game == played else ABSENT
+            total += weight * float(scores(value, *pair))
+            weights += weight
+    return total / weights
 
 
 def _experiment(name: str, suites: tuple[str, ...]) -> Experiment:

@@ -347,13 +347,16 @@ class Run:
         """Return the sum of the penalties of all contexts but the present one."""
         total: dict[str, Tensor] = {}
         anchor: dict[str, Tensor] = {}
+        offset = 0.0
         for number, one in self.contexts.items():
             if number != self.context and one.fisher:
-                total, anchor, _ = merge_separate(total, anchor, one.fisher, one.anchor)
+                total, anchor, growth = merge_separate(total, anchor, one.fisher, one.anchor)
+                offset += growth
         if not total:
             return None
         shared = self.agent.network.shared()
-        return Penalty(shared.items(), total, anchor, ewc_lambda=self.settings.ewc_lambda)
+        strength = self.settings.ewc_lambda
+        return Penalty(shared.items(), total, anchor, ewc_lambda=strength, offset=offset)
 
     def _remember(self) -> None:
         """Measure the Fisher of the present context again, in place of what there was."""
@@ -411,10 +414,11 @@ class Run:
     def score(self, game: int, *, random: bool = False) -> float:
         """Return a game's mean return over episodes with the best actions, or with random ones.
 
-        With the recogniser each episode takes the context that the frames of its first window fit
-        best so far.
+        With the recogniser each episode takes the context that the frames of its last window fit
+        best; in the first window, those so far.
         """
         settings = self.settings
+        window = settings.window
         count = settings.random_copies if random else settings.look_copies
         copies = Copies(
             [self._game(game, [self.seed, 3, self.steps, game, i]) for i in range(count)],
@@ -429,9 +433,10 @@ class Run:
             if random:
                 actions = chance.integers(self.view.actions, size=count)
             else:
-                if self.recognised is not None and step < settings.window:
-                    seen.append(pixels_of(copies.frames, settings.view))
-                    self.agent.network.enter(torch.from_numpy(self._best(seen)))
+                if self.recognised is not None:
+                    seen = [*seen[1 - window :], pixels_of(copies.frames, settings.view)]
+                    if step < window or (step + 1) % window == 0:
+                        self.agent.network.enter(torch.from_numpy(self._best(seen)))
                 actions = self.agent.best(copies.states)
             rewards, ended = copies.act(actions)
             returns += rewards * running
