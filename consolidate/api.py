@@ -141,8 +141,8 @@ def fisher(
             same result (models of transformers).
         shard: Shard weights, Fisher and optimizer state over the processes of torchrun (FSDP2), for
             models too large for one device.
-        dtype: Dtype of the weights; a Fisher is measured in float32. One of float32, float64,
-            bfloat16, float16. (default: as stored)
+        dtype: Dtype of the weights. One of float32, float64, bfloat16, float16. (default: as
+            stored)
         estimator: Labels to take the expectation over: all (exact), sampled from the model (mc),
             the data's own (empirical), or sampled, with gradients squared per batch (batched).
             (default: exact up to 16 outcomes, else mc)
@@ -374,7 +374,7 @@ def finetune(
         penalty: ewc: Fisher-weighted penalty; l2: uniform penalty; none: no penalty.
         fisher: Folder or repository with the Fisher. (default: in the checkpoint)
         protect_self: For a causal language model without a Fisher: first measure one on N texts
-            that it generates itself, as `fisher `generate` N` does.
+            that it generates itself, as `fisher --generate N` does.
         save_generated: Write the texts of `protect_self` to FILE as JSON Lines; they are not stored
             otherwise.
         penalty_dtype: Dtype of Fisher Λ and anchor μ in memory. One of float32, bfloat16. (default:
@@ -539,8 +539,8 @@ def evaluate(
         benchmark_limit: Score a benchmark on its first N examples only, a group on N of each of its
             tasks. (default: all)
         seed: Random seed.
-        dtype: Dtype of the weights; a Fisher is measured in float32. One of float32, float64,
-            bfloat16, float16. (default: as stored)
+        dtype: Dtype of the weights. One of float32, float64, bfloat16, float16. (default: as
+            stored)
 
     Returns:
         The metrics of each task, by name.
@@ -727,7 +727,7 @@ def report(
         output: Where to write the report. (default: NAME-report.html in the current folder)
         plots: Write the figures here too, as SVG and PNG (needs matplotlib).
         search: Show the search for λ in this JSON output of `finetune`.
-        comparison: Show what the penalty saved, from this JSON output of `finetune `compare_none``.
+        comparison: Show what the penalty saved, from this JSON output of `finetune --compare-none`.
         revision: Branch, tag or commit of the checkpoint on the Hub.
         overwrite: Replace existing files; those of an earlier report are always replaced.
 

@@ -30,7 +30,7 @@ from consolidate.runtime.torchrun import rank, stop_with_torchrun, world_size
 from consolidate.views import text as text_view
 from consolidate.views.text import json_text, plain
 from formats.errors import ConsolidateError, ForgettingError, InputError, PeerError
-from formats.wording import first_line
+from formats.wording import first_line, suggestion
 
 if TYPE_CHECKING:
     from consolidate.views.tracking import Tracker
@@ -208,8 +208,7 @@ def _note_misspelt_variables() -> None:
     for name in sorted(os.environ):
         if name.startswith("CONSOLIDATE_") and name not in known:
             near = get_close_matches(name, known, 1, 0.8)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            LOG.warning(f"the variable {name} sets no option{hint}")
+            LOG.warning(f"the variable {name} sets no option{suggestion(near)}")
 
 
 class _StderrHandler(logging.Handler):

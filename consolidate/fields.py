@@ -130,8 +130,8 @@ def _flat(
         if inner is not None and not (python and inner.one_argument):
             yield from _flat(hints[each.name], inner, at, default, python)
         elif inner is not None:
-            told = Option((hints[each.name].__doc__ or "").strip(), python=f"{each.name.title()}")
-            yield Flat(name, at, (hints[each.name],), default, told, title)
+            whole = Option((hints[each.name].__doc__ or "").strip(), python=f"{each.name.title()}")
+            yield Flat(name, at, (hints[each.name],), default, whole, title)
         else:
             known: Option = each.metadata["option"]
             kinds = kinds_of(hints[each.name])
@@ -319,4 +319,4 @@ def _range(flat: Flat) -> str:
         return f"a number {bounds_of(option)}"
     if float not in flat.kinds:
         return f"at least {option.least}"
-    return f"a finite number {'from' if option.above is None else 'above'} 0"
+    return f"a {'' if option.infinite else 'finite '}number {bounds_of(option)}"

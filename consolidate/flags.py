@@ -24,10 +24,10 @@ from consolidate.fields import (
 )
 from consolidate.options import COMMANDS, TYPED
 from formats.benchmark import data_name
+from formats.wording import suggestion
 
 R = TypeVar("R")
 Command = Callable[..., Any]
-NEGATED = {"data_digest": "--data-digest/--no-data-digest"}
 
 
 def flags_of(record: type, *others: type) -> Callable[[Command], Command]:
@@ -90,7 +90,7 @@ def _flag(flat: Flat, group: cloup.OptionGroup | None) -> Callable[[Any], Any]:
         named = any(get_origin(kind) is dict for kind in flat.kinds)
         settings["shell_complete"] = _complete_named_files if named else _complete_files
     if bool in flat.kinds:
-        name = NEGATED.get(flat.name, f"--{flat.flag}")
+        name = f"--{flat.flag}/--no-{flat.flag}" if default is True else f"--{flat.flag}"
         return cloup.option(name, is_flag=True, default=default, **settings)
     if flat.repeatable:
         return cloup.option(f"--{flat.flag}", multiple=True, **settings)
@@ -211,8 +211,7 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
         name = key.replace("-", "_")
         if name not in names or name == "config":
             near = [other.replace("_", "-") for other in get_close_matches(name, names, 3)]
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise click.BadParameter(f"{path}: {command} has no option {key!r}{hint}")
+            raise click.BadParameter(f"{path}: {command} has no option {key!r}{suggestion(near)}")
         if name in defaults:
             raise click.BadParameter(f"{path}: {key} is given twice, with - and with _")
         defaults[name] = _as_typed(path, key, value, names[name], flats[name])

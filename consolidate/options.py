@@ -92,7 +92,7 @@ def _seed() -> Any:
 def _dtype() -> Any:
     return option(
         None,
-        "Dtype of the weights; a Fisher is measured in float32.",
+        "Dtype of the weights.",
         by_default="as stored",
         group=Source.TITLE,
         dtype=True,
@@ -1064,7 +1064,7 @@ class PushOptions:
 
 
 @dataclass(frozen=True)
-class Everywhere:
+class EveryCommand:
     """What every command takes on the command line, and has no keyword in Python."""
 
     TITLE = "Output"
@@ -1081,10 +1081,10 @@ class Everywhere:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Tracking:
     """What a command that measures something takes on the command line."""
 
-    TITLE = Everywhere.TITLE
+    TITLE = EveryCommand.TITLE
 
     metrics: str | Path | None = option(
         None,
@@ -1104,10 +1104,10 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class MarkdownFlag:
     """What `show` takes on the command line."""
 
-    TITLE = Everywhere.TITLE
+    TITLE = EveryCommand.TITLE
 
     markdown: bool = option(
         False, "Print the accuracy matrix alone, as Markdown for the summary of a CI job."
@@ -1126,7 +1126,7 @@ COMMANDS: dict[str, type] = {
     "verify": VerifyOptions,
     "push": PushOptions,
 }
-TYPED: dict[str, tuple[type, ...]] = dict.fromkeys(COMMANDS, (Everywhere,))
+TYPED: dict[str, tuple[type, ...]] = dict.fromkeys(COMMANDS, (EveryCommand,))
 """What a command takes on the command line alone."""
-TYPED |= dict.fromkeys(("fisher", "finetune", "evaluate", "run"), (Measured, Everywhere))
-TYPED |= {"show": (Matrix, Everywhere)}
+TYPED |= dict.fromkeys(("fisher", "finetune", "evaluate", "run"), (Tracking, EveryCommand))
+TYPED |= {"show": (MarkdownFlag, EveryCommand)}

@@ -11,7 +11,7 @@ from formats.parquet_rows import ParquetRows
 from formats.rows import JoinedRows, Rows, check_regular
 from formats.tensor_rows import TensorRows
 from formats.text_rows import CsvRows, JsonLinesRows, open_json
-from formats.wording import neighbours
+from formats.wording import neighbours, suggestion
 
 __all__ = ["DATA_SUFFIXES", "Rows", "open_data"]
 
@@ -73,8 +73,7 @@ def _looks_like_file(path: Path) -> bool:
 
 
 def _near(path: Path) -> str:
-    near = neighbours(path)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return suggestion(neighbours(path))
 
 
 def _open_file(path: Path) -> Rows:
@@ -138,7 +137,7 @@ def _open_split(folder: Path, split: str, files: Sequence[Path], inner: Sequence
     for entry in inner:
         if entry.name == split:
             return _open_folder(entry, None)
-    if chosen := [file for file in files if _belongs(file.stem, split)]:
+    if chosen := [file for file in files if _belongs(file.stem.lower(), split.lower())]:
         return _open_files(folder, chosen)
     names = ", ".join([*(file.name for file in files), *(entry.name for entry in inner)])
     raise InputError(

@@ -30,6 +30,8 @@ class HubRows(Rows):
     Audio, video and other files are returned as stored.
     """
 
+    fills_in = True
+
     def __init__(self, dataset: Any, name: str) -> None:
         self.name = name
         self.columns = list(dataset.column_names)

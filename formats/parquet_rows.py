@@ -24,6 +24,8 @@ class ParquetRows(Rows):
     structs {bytes, path}, as `datasets` stores images, are decoded to PIL images.
     """
 
+    fills_in = True
+
     def __init__(self, path: Path) -> None:
         try:
             import pyarrow

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from formats.errors import InputError
+from formats.wording import few
 
 
 class Rows(Sequence[dict[str, Any]]):
@@ -30,6 +31,7 @@ class Rows(Sequence[dict[str, Any]]):
     path: Path
     columns: list[str]
     tensors: Mapping[str, Tensor] | None = None
+    fills_in = False  # whether objects have nulls for keys that only other rows have
 
     @abstractmethod
     def read_row(self, i: int) -> dict[str, Any]:
@@ -85,6 +87,7 @@ class JoinedRows(Rows):
                 )
         self.name = folder.name
         self.columns = list(first.columns)
+        self.fills_in = first.fills_in
         self._parts = list(parts)
         self._starts = list(itertools.accumulate(map(len, parts), initial=0))
         if all(part.tensors is not None for part in parts):
@@ -112,9 +115,17 @@ class JoinedRows(Rows):
         return itertools.chain.from_iterable(part.values(column) for part in self._parts)
 
     def label_names(self, column: str) -> list[str] | None:
-        """Return the class names where all files agree on them."""
+        """Return the class names, in which all files must agree."""
         names = [part.label_names(column) for part in self._parts]
-        return names[0] if all(other == names[0] for other in names) else None
+        for part, other in zip(self._parts, names, strict=True):
+            if other != names[0]:
+                first, second = (few(one or ["no names"], 10) for one in (names[0], other))
+                raise InputError(
+                    f"{self.name}, column {column!r}: expected the same classes in all files, "
+                    f"found {first} in {self._parts[0].name} and {second} in {part.name}: save the "
+                    "files with one list of classes"
+                )
+        return names[0]
 
     def digest(self) -> str:
         """Return the SHA-256 over JSON lines [file name, digest of the file], in order of name."""

@@ -23,8 +23,12 @@ def shown(value: object, limit: int = 80) -> str:
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """Suggest the known names that are similar to an unknown one, if there are any."""
-    near = get_close_matches(name, known)
-    return f"did you mean {' or '.join(near)}?" if near else ""
+    return suggestion(get_close_matches(name, known)).removeprefix("; ")
+
+
+def suggestion(near: Sequence[str]) -> str:
+    """Suggest names as the end of a message, if there are any."""
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def neighbours(path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from consolidate.flags import grouped_with
 from consolidate.options import COMMANDS, TYPED
 
 # what they name is described by digest
-CONTENT = ("data", "prompts", "fisher", "base_model", "revision")
+CONTENT = ("data", "prompts", "fisher", "base_model", "revision", "replay", "after")
 
 API = '''"""The commands as functions, with all their keywords.
 
@@ -96,10 +96,15 @@ def _parameter(flat: Flat) -> str:
 def _argument(flat: Flat) -> str:
     default = f" (default: {flat.option.by_default})" if flat.option.by_default else ""
     text = _help(flat) + (default if flat.default in (None, ()) else "")
-    text = re.sub(r"--([a-z][a-z-]*[a-z])", lambda m: f"`{m[1].replace('-', '_')}`", text)
+    text = re.sub(r"`[^`]*`|--([a-z][a-z-]*[a-z])", _as_parameter, text)
     text = text.replace("a CHECKPOINT", "a checkpoint").replace("CHECKPOINT", "the checkpoint")
     text = f"{flat.name}: {text}"
     return textwrap.fill(text, 96, initial_indent="    ", subsequent_indent=" " * 8) + "\n"
+
+
+def _as_parameter(found: re.Match[str]) -> str:
+    """Write a flag as the parameter it is; code stays as it is."""
+    return f"`{found[1].replace('-', '_')}`" if found[1] else found[0]
 
 
 def _help(flat: Flat) -> str:

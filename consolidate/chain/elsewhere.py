@@ -69,7 +69,7 @@ class Origin:
             stored.ledger, stored.fisher, anchor, stored.heads, stored.factors, of_factors
         )
         if (task := pending_task(stored)) is not None:
-            LOG.info("%s was not measured, and stays so: its Fisher is not part of Λ", task.name)
+            LOG.info("%s has no Fisher and is not part of Λ", task.name)
         if saved := {name: old[name] for name in head if name in old}:
             users = ", ".join(task.name for task in with_present_head(stored))
             LOG.info(

@@ -107,7 +107,9 @@ def data_content(spec: str | Path, split: str | None = None) -> dict[str, Any]:
 def rows_content(task_file: TaskFile, rows: Rows) -> dict[str, Any]:
     """Describe opened task data, as `data_content` does."""
     stated = {key: value for key, value in asdict(task_file).items() if key != "data" and value}
-    return {"name": rows.name, "digest": rows.digest(), **stated}
+    names = {at: names for at in rows.columns if (names := rows.label_names(at)) is not None}
+    classes = {"classes": names} if names else {}
+    return {"name": rows.name, "digest": rows.digest(), **stated, **classes}
 
 
 def asked(
@@ -183,8 +185,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for key, what in _IN_WORDS.items():
         if key in new and old.get(key) != new[key]:
             yield what
-    for key in ("evaluate", "validation", "measure"):
-        what = {"evaluate": "test data", "measure": "data to measure"}.get(key, "validation data")
+    for key, what in _NAMED_DATA.items():
         for name, then, now in _differences(old.get(key, {}), new.get(key, {})):
             how = " added" if then is None else " removed" if now is None else ""
             yield f"{what} of {name}{how}"
@@ -203,6 +204,13 @@ _IN_WORDS = {
     "module": "source of the module",
     "data": "data",
     "replay": "replayed data",
+}
+
+
+_NAMED_DATA = {
+    "evaluate": "test data",
+    "validation": "validation data",
+    "measure": "data to measure",
 }
 
 

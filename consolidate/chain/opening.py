@@ -46,7 +46,7 @@ _OTHER = {
     "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
     "megatron_config": "Megatron's layers are parallel",
 }
-_NO_PART = (
+_IRRELEVANT_KEYS = (
     *("_attn_implementation", "_commit_hash", "_from_model_config", "_name_or_path"),
     *("architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "finetuning_task"),
     *("gradient_checkpointing", "id2label", "initializer_range", "label2id", "name_or_path"),
@@ -103,7 +103,7 @@ def _computing(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
     """Give what may change what the weights compute, by its keys at every depth."""
     found: dict[str, Any] = {}
     for key, value in config.items():
-        if value is None or key in _NO_PART or any(word in key for word in _DROPOUT):
+        if value is None or key in _IRRELEVANT_KEYS or any(word in key for word in _DROPOUT):
             continue
         if key == "rope_parameters":  # transformers 5; before, without a folder of its own
             found |= _computing({k: v for k, v in value.items() if v != "default"}, at)

@@ -30,7 +30,7 @@ from formats.partial_work import (
 
 _OF_PROCESS = "process-"
 _MARK = "set"
-_PASS, _OF_A_PASS = "pass/", ("levels", "most")
+PASS, _OF_A_PASS = "pass/", ("levels", "most")
 
 
 def gather_own(
@@ -130,7 +130,7 @@ def _from_first(stored: StoredWork | None, group: ProcessGroup) -> StoredWork | 
     own: dict[str, Tensor] = {}
     sent = None
     if stored is not None and number == 0:
-        own = {n: t for n, t in stored.tensors.items() if not n.startswith(_PASS)}
+        own = {n: t for n, t in stored.tensors.items() if not n.startswith(PASS)}
         listed = [[n, list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in own.items()]
         state = {n: v for n, v in stored.state.items() if n not in _OF_A_PASS}
         sent = [listed, state, stored.command]

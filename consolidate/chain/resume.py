@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.fingerprint import changes, plain
-from consolidate.chain.rank_progress import gather_own, start_with_first, start_with_set, write_set
+from consolidate.chain.rank_progress import (
+    PASS,
+    gather_own,
+    start_with_first,
+    start_with_set,
+    write_set,
+)
 from consolidate.estimation.passes import PartialPass
 from consolidate.models.sampling import Written
 from consolidate.runtime import signals
@@ -269,9 +275,9 @@ class KeptPass:
         if found is None or "levels" not in found.state:
             return None
         tensors = {
-            name.removeprefix("pass/"): tensor
+            name.removeprefix(PASS): tensor
             for name, tensor in found.tensors.items()
-            if name.startswith("pass/")
+            if name.startswith(PASS)
         }
         return PartialPass(tensors, found.state["levels"], found.state["most"])
 
@@ -279,7 +285,7 @@ class KeptPass:
         """Save this if that is due, and stop there if that was requested."""
         self._work.settle(alone=not self._work.shard)
         if self._work.due:
-            tensors = {f"pass/{name}": tensor for name, tensor in partial.tensors.items()}
+            tensors = {f"{PASS}{name}": tensor for name, tensor in partial.tensors.items()}
             state = {"levels": partial.levels, "most": partial.most}
             self._work.keep(self._tensors | tensors, self._state | state, "pass", own=True)
             self._has_kept = True

@@ -74,7 +74,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     with_heads: dict[str, Model] = {}
     if stored is not None:
         tasks = {name: options.task or name for name in data}
-        _note_strangers(tasks, stored, options.task)
+        _note_unknown_tasks(tasks, stored, options.task)
         with_heads = models_of_tasks(load_as, model, stored, tasks)
     for name, benchmark in benchmarks.items():
         benchmark.check(with_heads.get(name, model))
@@ -116,7 +116,7 @@ def _encode(rows: Rows, model: Model, task_file: TaskFile, options: EvaluateOpti
     return encode(rows, model, replace(options.encoding, columns=columns), seed=options.seed)
 
 
-def _note_strangers(tasks: Mapping[str, str], stored: StoredFisher, task: str | None) -> None:
+def _note_unknown_tasks(tasks: Mapping[str, str], stored: StoredFisher, task: str | None) -> None:
     """Log which datasets are evaluated with the head in the weights for lack of a task."""
     known = {record.name for record in stored.ledger.tasks}
     for name in [name for name in tasks if task is None and name not in known]:

@@ -45,6 +45,7 @@ from consolidate.results import (
     FinetuneDone,
     FinetuneDryRun,
     FinetuneResult,
+    LambdaSearch,
 )
 from consolidate.runtime import signals
 from consolidate.runtime.distributed import (
@@ -139,13 +140,13 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     measure = _measuring(plan, start)
     statistics = _running_statistics(plan, start)
     log_replay(start, plan.recipe)
-    search = searched(plan, start, work, found)
-    comparison, found = train_without_penalty(plan, start, work, found, search)
     budget = options.search.budget
-    controller = None if budget is None else Controller(budget, start, plan.recipe, found)
-    moving = _interpolator(plan, start, measure, found)
-    start_timing()
     try:
+        search = searched(plan, start, work, found)
+        comparison, found = train_without_penalty(plan, start, work, found, search)
+        controller = None if budget is None else Controller(budget, start, plan.recipe, found)
+        moving = _interpolator(plan, start, measure, found)
+        start_timing()
         trained = train(
             start,
             plan.recipe,
@@ -181,17 +182,27 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
         result = from_first(result, group)
     work.remove()
     discard_measured(plan.target)
+    _add_choices(result, search, moving, controller)
+    if comparison is not None:
+        result["comparison"] = completed(comparison, trained.metrics)
+    if forgotten and is_first(group):
+        raise too_much(forgotten, options, result)
+    return result
+
+
+def _add_choices(
+    result: FinetuneDone,
+    search: LambdaSearch | None,
+    moving: Interpolator | None,
+    controller: Controller | None,
+) -> None:
+    """Add to a result how λ, α and a budget's λ were chosen."""
     if search is not None:
         result["lambda_search"] = search
     if moving is not None and (chosen := moving.search()) is not None:
         result["alpha_search"] = chosen
     if controller is not None:
         result["budget_path"] = [cast(BudgetPoint, asdict(one)) for one in controller.measured]
-    if comparison is not None:
-        result["comparison"] = completed(comparison, trained.metrics)
-    if forgotten and is_first(group):
-        raise too_much(forgotten, options, result)
-    return result
 
 
 def _done_before(plan: Plan) -> FinetuneCached | None:
@@ -232,7 +243,8 @@ def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
         return plan
     if not options.measuring.measure:
         LOG.info(
-            "%s was not measured, and nothing protects it now: --measure %s=DATA measures it first",
+            "%s has no Fisher, so the penalty does not protect it: --measure %s=DATA measures it "
+            "first",
             task.name,
             task.name,
         )

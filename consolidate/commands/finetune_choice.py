@@ -134,7 +134,7 @@ class HeldOut:
         """Evaluate the model as it is now."""
         return evaluate_all(self._start.model, self.tasks, self._start.with_heads, batch_size)
 
-    def told(self, without_old: str) -> str:
+    def described(self, without_old: str) -> str:
         """Report what the choice is based on, ending in `without_old` where no task is old."""
         where = "of --validation" if self._given else "held out of the training data"
         new = f"{self._plan.new} on {len(self.of_new):,} examples {where}"

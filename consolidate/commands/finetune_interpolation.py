@@ -106,26 +106,26 @@ class Interpolator:
         if self.plan.method == "fisher":
             self._measure_fisher(work, tensors, saved)
             tensors = {**tensors, **{f"{_FISHER}{n}": f for n, f in self._fisher.items()}}
-        if alpha is None:
-            trained = _clones(self._start.model.module)
-            kept = {**tensors, **{name: t for name, t in trained.items() if name in tensors}}
-            trials = self.state["trials"]
-            try:
+        takes_long = alpha is None or self._recipe.norm_statistics == "update"
+        trained = _clones(self._start.model.module) if takes_long else {}
+        kept = {**tensors, **{name: t for name, t in trained.items() if name in tensors}}
+        try:
+            if alpha is None:
                 # Several processes stop together, after an α or a measurement.
                 with signals.waiting(all_processes() is not None):
                     while (one := self._next()) is not None:
-                        trials.append(asdict(self._trial(one)))
+                        self.state["trials"].append(asdict(self._trial(one)))
                         _put_back(self._start.model.module, trained)
                         work.settle()
                         if work.due:
                             work.keep(kept, saved, "interpolation")
                         work.stop_if_asked(f"after α = {one:g}")
-            except signals.STOPS as stop:
-                if work.can_keep(stop):
-                    work.keep(kept, saved, "interpolation")
-                raise
-            alpha = self._choose([Trial(**trial) for trial in trials])
-        self._move(alpha)
+                alpha = self._choose([Trial(**trial) for trial in self.state["trials"]])
+            self._move(alpha)
+        except signals.STOPS as stop:
+            if trained and work.can_keep(stop):
+                work.keep(kept, saved, "interpolation")
+            raise
         self.state["alpha"] = alpha
 
     def record(self) -> Interpolation | None:
@@ -134,8 +134,9 @@ class Interpolator:
         if self.plan.budget is not None and self.state["alpha"] == 1:
             return None
         if self.chooses:
-            points = [(0.0, self.state["before"])]
-            points += [(t["alpha"], t["metrics"]) for t in self.state["trials"]]
+            points = [(t["alpha"], t["metrics"]) for t in self.state["trials"]]
+            if not any(alpha == 0 for alpha, _ in points):
+                points.append((0.0, self.state["before"]))
             curve = [
                 CurvePoint(alpha, {name: values["score"] for name, values in metrics.items()})
                 for alpha, metrics in sorted(points, key=lambda point: point[0])
@@ -147,9 +148,9 @@ class Interpolator:
         """Give the budget and what old tasks lost of it, as the ledger records it."""
         if self.plan.budget is None:
             return None
-        chosen = [one for one in self.state["trials"] if one["alpha"] == self.state["alpha"]]
-        metrics = chosen[0]["metrics"] if chosen else self.state["before"]  # α = 0
-        return Budget(self.plan.budget, rises(self.state["before"], metrics, self.plan.old))
+        [chosen] = [one for one in self.state["trials"] if one["alpha"] == self.state["alpha"]]
+        lost = rises(self.state["before"], chosen["metrics"], self.plan.old)
+        return Budget(self.plan.budget, lost)
 
     def search(self) -> AlphaSearch | None:
         """Give the search as a result; None where α was given, or follows from a budget."""
@@ -159,7 +160,7 @@ class Interpolator:
         return {
             "alpha": self.state["alpha"],
             "rule": self._rule,
-            "measured": self._held.told("no old data"),
+            "measured": self._held.described("no old data"),
             "new_task": self.plan.new,
             "old_tasks": self.plan.old,
             "before": self.state["before"],
@@ -180,9 +181,18 @@ class Interpolator:
         return "best-mean" if self.plan.old else "kept-gain"
 
     def _next(self) -> float | None:
-        """Give the next α to measure; None once there are enough."""
+        """Give the next α to measure; None once there are enough.
+
+        With a budget α = 0 is the last: new outputs are as trained there too, and old tasks that
+        share them can lose by it.
+        """
         if self.plan.budget is not None:
-            return next_alpha(self._tried())
+            tried = self._tried()
+            alpha = next_alpha(tried)
+            kept = any(keeps for _, keeps in tried)
+            if alpha is not None or kept or not self._start.fresh or tried[-1][0] == 0:
+                return alpha
+            return 0.0
         return next(iter(GRID[len(self.state["trials"]) :]), None)
 
     def _tried(self) -> list[tuple[float, bool]]:
@@ -202,10 +212,11 @@ class Interpolator:
                 "--learning-rate or --ewc-lambda"
             )
         if self.plan.budget is not None:
-            alpha = largest_kept(self._tried())
-            LOG.info("α = %g is the largest of %d that keeps the budget", alpha, len(trials))
-            if alpha == 0 and not self._start.fresh:
+            tried = self._tried()
+            if not any(keeps for _, keeps in tried):
                 raise self._over_budget(trials)
+            alpha = largest_kept(tried)
+            LOG.info("α = %g is the largest of %d that keeps the budget", alpha, len(trials))
             return alpha
         if self.plan.old:
             chosen = best_mean(trials)
@@ -221,7 +232,7 @@ class Interpolator:
         assert closest.metrics is not None
         return ForgettingError(
             f"{self.plan.new} cannot be learned within --budget {self.plan.budget:g}: even with "
-            f"α = {closest.alpha:g} of the way from the start, {self._told(closest.metrics)}\n"
+            f"α = {closest.alpha:g} of the way from the start, {self._described(closest.metrics)}\n"
             "Nothing was written: raise --budget, or lower --learning-rate"
         )
 
@@ -236,10 +247,10 @@ class Interpolator:
         if metrics is not None:
             if self.plan.old:
                 lost = max(forgetting(self.state["before"], metrics, self.plan.old).values())
-            LOG.info("α = %g: %s", alpha, self._told(metrics))
+            LOG.info("α = %g: %s", alpha, self._described(metrics))
         return Trial(alpha, metrics, lost)
 
-    def _told(self, metrics: Metrics) -> str:
+    def _described(self, metrics: Metrics) -> str:
         """Write what α is chosen by: scores, or what old tasks lost of a budget."""
         if self.plan.budget is None:
             return ", ".join(f"{name} {found['score']:.4f}" for name, found in metrics.items())

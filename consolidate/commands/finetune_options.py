@@ -27,8 +27,8 @@ def check_options(options: FinetuneOptions) -> None:
         ("head-parameters", bool(options.head.head_parameters), kept),
         ("lora-train-head", trains_head, not whole and trained),
         ("replay", options.replaying.replay is not None, fresh),
-        ("protect-self", penalty.protect_self is not None, _keeps_from_itself(options)),
-        ("budget", options.search.budget is not None, _keeps_from_budget(options)),
+        ("protect-self", penalty.protect_self is not None, _excluded_by_protect_self(options)),
+        ("budget", options.search.budget is not None, _excluded_by_budget(options)),
     ):
         if given and other:
             raise UsageError(f"--{option} cannot be combined with {other}: leave one of them out")
@@ -86,7 +86,7 @@ def _check_choosing(options: FinetuneOptions) -> None:
         )
 
 
-def _keeps_from_itself(options: FinetuneOptions) -> str:
+def _excluded_by_protect_self(options: FinetuneOptions) -> str:
     """Name what cannot be combined with --protect-self, if anything."""
     penalty = options.penalty
     if penalty.penalty != "ewc":
@@ -96,7 +96,7 @@ def _keeps_from_itself(options: FinetuneOptions) -> str:
     return "--shard, in which no process has a whole model" if options.parameters.shard else ""
 
 
-def _keeps_from_budget(options: FinetuneOptions) -> str:
+def _excluded_by_budget(options: FinetuneOptions) -> str:
     """Name what cannot be combined with --budget, if anything."""
     if options.penalty.penalty == "none":
         return "--penalty none, which has no λ to set"
@@ -117,8 +117,8 @@ def _check_measuring(options: FinetuneOptions) -> None:
     """Refuse what only a Fisher needs where none is measured, and what one run cannot compare."""
     fisher, measuring = options.estimation, options.measuring
     used = measuring.measure or options.interpolating.interpolation == "fisher"
-    if measuring.no_fisher and not used and fisher != Estimation(batch_size=None):
-        default = Estimation(batch_size=None)
+    default = Estimation(batch_size=None)
+    if measuring.no_fisher and not used and fisher != default:
         name = next(n for n, value in vars(fisher).items() if value != getattr(default, n))
         raise UsageError(
             f"--fisher-{name.replace('_', '-')} cannot be combined with --no-fisher: leave one of "

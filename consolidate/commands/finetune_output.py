@@ -162,7 +162,15 @@ def trained_record(
         digest = plan.description["replay"]["digest"] if digests else None
         replayed = Replayed(rows.name, digest, float(start.replay.share))
     return Training(
-        ewc_lambda, kind, on, parent, trained.metrics, between, replayed, kept, found or None
+        ewc_lambda=ewc_lambda,
+        penalty=kind,
+        penalty_on=on,
+        parent=parent,
+        metrics=trained.metrics,
+        interpolation=between,
+        replayed=replayed,
+        budget=kept,
+        benchmarks=found or None,
     )
 
 

@@ -172,7 +172,7 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
         something_old = bool(old or evaluate.keys() - {opened.task} or base_has_fisher)
         statistics = default_statistics(options.penalty.penalty, old=something_old)
         recipe = replace(recipe, norm_statistics=statistics)
-    _note_strangers(evaluate, opened)
+    _note_unnamed_tests(evaluate, opened)
     validation, max_forgetting = dict(options.search.validation or {}), options.gate.max_forgetting
     search, interpolation = None, _plan_interpolation(options, opened)
     if is_search(options):
@@ -189,16 +189,25 @@ def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:
     if options.search.budget is not None:
         check_budget(validation, new=opened.task, ledger=old)
     plan = Plan(
-        options, opened, recipe, evaluate, validation, search, interpolation, lora, there, replay
+        options=options,
+        opened=opened,
+        recipe=recipe,
+        evaluate=evaluate,
+        validation=validation,
+        search=search,
+        interpolation=interpolation,
+        lora=lora,
+        there=there,
+        replay=replay,
     )
     if max_forgetting is not None:
-        if not set(plan.old_tasks) & set(evaluate):
+        if not set(old) & set(evaluate):  # whatever benchmarks there are
             evaluate |= {name: validation[name] for name in old if name in validation}
         check_gate(plan.old_tasks, evaluate)
     return plan
 
 
-def _note_strangers(evaluate: Mapping[str, str | Path], opened: Opened) -> None:
+def _note_unnamed_tests(evaluate: Mapping[str, str | Path], opened: Opened) -> None:
     """Log which test data are of no task of the ledger: nothing says what they had before."""
     known = {*opened.old_tasks, opened.task}
     found = [n for n, data in evaluate.items() if n not in known and benchmark_task(data) is None]

@@ -117,13 +117,13 @@ def search_lambda(
         trials = grid(trial, plan.strengths, steps)
     whole = [trial for trial in trials if trial.steps == steps]
     chosen = rule(whole)
-    _tell(plan, chosen, whole)
+    _report_choice(plan, chosen, whole)
     taken = sum(trial.steps for trial in trials)
     return {
         "ewc_lambda": chosen.ewc_lambda,
         "select": plan.rule,
         "max_forgetting": plan.max_forgetting,
-        "measured": search.held.told(
+        "measured": search.held.described(
             "no old data, so the penalty and the outputs' KL stand for forgetting"
         ),
         "new_task": plan.new,
@@ -218,7 +218,7 @@ class _Search:
         )
 
 
-def _tell(plan: SearchPlan, chosen: Trial, whole: Sequence[Trial]) -> None:
+def _report_choice(plan: SearchPlan, chosen: Trial, whole: Sequence[Trial]) -> None:
     limit = plan.max_forgetting if plan.rule == "smallest" else None
     if limit is not None and beyond({"": chosen.forgetting or 0.0}, limit):
         LOG.info("no λ that was tried keeps forgetting to %g: the largest is taken", limit)

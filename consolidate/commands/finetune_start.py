@@ -32,9 +32,11 @@ from consolidate.models.model import Model
 from consolidate.options import REPLAY_SHARE, Columns
 from consolidate.runtime.devices import best_device
 from consolidate.runtime.shards import shard
+from formats.checkpoint import Checkpoint
 from formats.errors import UsageError
 from formats.rows import Rows
 from formats.task_file import TaskFile, open_task
+from formats.tensors import dtype_of
 
 if TYPE_CHECKING:
     from consolidate.commands.finetune_plan import Plan
@@ -95,37 +97,48 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     held_out = _encode_named(plan, plan.validation, loaded, with_heads)
     replay = _encode_replay(plan, loaded, examples)
     log_images(examples, *encoded.values(), *held_out.values())
-    frozen, forecast = None, None
-    if plan.lora is not None:
-        forecast = forecast_of(plan, fitted, None)  # before the adapter freezes the weights
-        whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}
-        frozen = adapt(loaded, plan.lora, whole, with_heads.values(), seed=plan.recipe.seed)
-        _check_adapted(loaded, before, with_heads)
-    term = penalty_of(plan, fitted)
-    if plan.lora is None:
-        forecast = forecast_of(plan, fitted, term)
+    frozen, penalty, forecast = _penalized(plan, fitted, with_heads)
     if before is not None and plan.options.penalty.penalty != "ewc":
-        online = opened.merging.merge_rule == "online"
-        LOG.info(
-            "the penalty does not use the Fisher of %s; the output keeps it, around %s",
-            ", ".join(opened.old_tasks),
-            "the new weights" if online else "its anchor",
-        )
+        _report_unused_fisher(plan)
     fresh = dict(fitted.free)
     if plan.options.head.head != "extend":  # which keeps the rows that are there
         fresh |= dict.fromkeys(loaded.layout.fresh, 0)
     return Start(
-        loaded,
-        before,
-        examples,
-        evaluations,
-        held_out,
-        with_heads,
-        term,
-        frozen,
-        fresh,
-        forecast,
-        replay,
+        model=loaded,
+        before=before,
+        examples=examples,
+        evaluations=evaluations,
+        held_out=held_out,
+        with_heads=with_heads,
+        penalty=penalty,
+        frozen=frozen,
+        fresh=fresh,
+        forecast=forecast,
+        replay=replay,
+    )
+
+
+def _penalized(
+    plan: "Plan", fitted: Fitted, with_heads: Mapping[str, Model]
+) -> tuple[list[nn.Parameter] | None, WeightPenalty | None, Forecast | None]:
+    """Add the adapter, if any, and make the penalty; return what froze, and its forecast last."""
+    if plan.lora is None:
+        penalty = penalty_of(plan, fitted)
+        return None, penalty, forecast_of(plan, fitted, penalty)
+    forecast = forecast_of(plan, fitted, None)  # before the adapter freezes the weights
+    loaded = fitted.model
+    whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}
+    frozen = adapt(loaded, plan.lora, whole, with_heads.values(), seed=plan.recipe.seed)
+    _check_adapted(loaded, fitted.before, with_heads)
+    return frozen, penalty_of(plan, fitted), forecast
+
+
+def _report_unused_fisher(plan: "Plan") -> None:
+    online = plan.opened.merging.merge_rule == "online"
+    LOG.info(
+        "the penalty does not use the Fisher of %s; the output keeps it, around %s",
+        ", ".join(plan.opened.old_tasks),
+        "the new weights" if online else "its anchor",
     )
 
 
@@ -174,6 +187,7 @@ def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:
     free = options.penalty.penalty == "none" and factory is None
     if free and objective and lacks_head(source, objective):
         new_labels = label_names(opened.rows, objective, opened.columns)
+    device = best_device(options.source.device)
     load_as = partial(
         load,
         objective=objective,
@@ -181,8 +195,8 @@ def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:
         # Heads that begin alike compete for the same features.
         seed=plan.recipe.seed + len(opened.old_tasks),
         # Master weights: small updates vanish in bf16. Shards are widened one block at a time.
-        dtype=torch.float32 if whole else None,
-        device=best_device(options.source.device) if whole else "cpu",
+        dtype=_master_dtype(source, device) if whole else None,
+        device=device if whole else "cpu",
         freeze=options.parameters.freeze,
         gradient_checkpointing=options.parameters.gradient_checkpointing,
     )
@@ -197,6 +211,12 @@ def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:
         new_labels=new_labels,
     )
     return fitted, load_as
+
+
+def _master_dtype(source: Checkpoint, device: torch.device) -> torch.dtype:
+    """Return the dtype to train in: float32, or float64 where weights are stored in it."""
+    double = any(dtype_of(source.weights, name) == torch.float64 for name in source.weights)
+    return torch.float64 if double and device.type != "mps" else torch.float32
 
 
 def _shard(

@@ -168,7 +168,7 @@ def measure_alone(
     target: Path,
     cut: ProcessGroup | None,
 ) -> Path:
-    """Measure what a training into `target` needs first, beside it; return the folder.
+    """Measure the Fisher that a training into `target` needs first, in a folder beside it.
 
     What was written there before an interruption is taken, unless that is refused, or its texts
     are gone.

@@ -94,7 +94,7 @@ class Plan(Inputs):
             content["after"] = file_digest(self.origin.stored.folder / LEDGER_NAME)
         return self.describe(self.options, content, task=name)
 
-    def made_of(self) -> dict[str, Any]:
+    def expected_description(self) -> dict[str, Any]:
         """Describe what an existing output would be made from."""
         added = self.in_place and self.options.add and not self.completes
         earlier = self.earlier[:-1] if added else self.earlier  # its own task is the last
@@ -102,11 +102,11 @@ class Plan(Inputs):
 
     def made_from(self) -> str:
         """Give the digest of what an existing output would be made from."""
-        return json_digest(self.made_of())
+        return json_digest(self.expected_description())
 
     def without_module(self) -> dict[str, Any]:
         """Describe the same without the module, which saved progress describes as it is loaded."""
-        return {key: value for key, value in self.made_of().items() if key != "module"}
+        return {key: value for key, value in self.expected_description().items() if key != "module"}
 
     def check_target(self) -> None:
         """Refuse an existing target that must not be replaced."""
@@ -172,7 +172,7 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
         if completes:
             _refuse_merging(options, last)
         else:
-            _hint_at_unmeasured(options, last, name)
+            _refuse_beside_unmeasured(options, last, name)
     if completes:  # of the Hub the ledger alone is there
         locate(options.checkpoint, options.source.revision)
     before = stored_fisher(folder / "fisher", source) if options.add or completes else None
@@ -262,7 +262,7 @@ def _completes(last: TaskRecord, name: str, options: FisherOptions, *, again: bo
     return not last.measured or (options.output_dir is None and not again)
 
 
-def _hint_at_unmeasured(options: FisherOptions, last: TaskRecord, name: str) -> None:
+def _refuse_beside_unmeasured(options: FisherOptions, last: TaskRecord, name: str) -> None:
     """Refuse to write another task beside a task that is not measured, unless that was asked."""
     if options.output_dir is None and not (options.add or options.saving.overwrite):
         raise InputError(
@@ -272,7 +272,7 @@ def _hint_at_unmeasured(options: FisherOptions, last: TaskRecord, name: str) -> 
 
 
 def _refuse_merging(options: FisherOptions, task: TaskRecord) -> None:
-    """Refuse to merge a task that was trained otherwise than its training asked."""
+    """Refuse merge options for a task whose training has set them."""
     if options.merging != Merging():
         raise UsageError(
             f"--merge-rule, --gamma and --task-weight of {task.name} are those of its training: "

@@ -67,8 +67,8 @@ def generate_sample(
     *,
     work: KeptWork,
     found: StoredWork | None,
-    digests: bool = True,
-    overwrite: bool = False,
+    digests: bool,
+    overwrite: bool,
 ) -> Sample:
     """Generate the texts of a plan, resuming from saved progress, and write them if asked.
 

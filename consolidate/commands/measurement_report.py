@@ -12,7 +12,7 @@ from consolidate.chain.up_to_date import recorded_fisher
 from consolidate.data.columns import default_loss
 from consolidate.data.examples import Examples
 from consolidate.estimation.estimates import FisherDiagonal
-from consolidate.models.adapters import without_fisher
+from consolidate.models.adapters import notes_on_zero_factors
 from consolidate.models.model import Model
 from consolidate.options import Columns, Encoding
 from consolidate.results import EncodedAs, MeasuredFisher
@@ -65,7 +65,7 @@ def log_notes(
     model: Model, examples: Examples, diagonal: FisherDiagonal, used: Sequence[int]
 ) -> None:
     """Log notes on a model, the examples used and the Fisher measured on them."""
-    factors = [] if model.checkpoint.base is None else without_fisher(model, diagonal)
+    factors = [] if model.checkpoint.base is None else notes_on_zero_factors(model, diagonal)
     for note in [*model.notes, *examples.notes_on(used), *factors]:
         LOG.info("%s", note)
     if diagonal.blocks:

@@ -3,8 +3,8 @@
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Iterator, Sequence
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -35,7 +35,7 @@ from formats.errors import InputError
 from formats.fisher_folder import write_fisher
 from formats.fisher_json import SAME_AS, Ledger
 from formats.hub import commits_of
-from formats.tensors import LazyTensors, dtype_of, shape_of
+from formats.tensors import dtype_of, shape_of
 from formats.versions import program_versions
 
 LOG = logging.getLogger("consolidate")
@@ -143,39 +143,6 @@ def _write(plan: Plan, target: Path, *, overwrite: bool) -> tuple[Ledger, float]
     return ledger, found.trace
 
 
-class _Tensors(LazyTensors):
-    """The merged weights, Fisher or anchor, computed on access."""
-
-    def __init__(
-        self,
-        merged: "_Merged",
-        field: Literal["weights", "fisher", "anchor"],
-        names: Sequence[str],
-        dtypes: Mapping[str, torch.dtype],
-    ) -> None:
-        self._merged = merged
-        self._field = field
-        first = merged.models[0].source.weights
-        self.headers = {
-            name: (dtypes.get(name, torch.float32), shape_of(first, name)) for name in names
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        merged, at = self._merged, self._merged.common(name)
-        if not self.dtype(name).is_floating_point:
-            if name.endswith(COUNTER):
-                return reduce(torch.maximum, (model.weights[at] for model in merged.models))
-            return merged.models[0].source.weights[name]
-        if self._field == "weights" and at in merged.layers.covered:
-            return merged.layers.weight(at)
-        made = torch.empty(self.shape(name), dtype=self.dtype(name))
-        flat = made.view(-1)
-        for start, part in merged.parts(name):
-            values: Tensor = getattr(part, self._field)
-            flat[start : start + values.numel()] = values
-        return made
-
-
 class _Merged:
     """Merged tensors by the names of the first model, one chunk or layer at a time in memory."""
 
@@ -194,10 +161,13 @@ class _Merged:
             if name == representative
             and any(first.common(name) in model.fisher for model in models)
         ]
-        dtypes = {name: dtype_of(weights, name) for name in weights}
-        self.weights = _Tensors(self, "weights", list(weights), dtypes)
-        self.fisher = _Tensors(self, "fisher", protected, {})
-        self.anchor = _Tensors(self, "anchor", protected, {})
+        shapes = {name: shape_of(weights, name) for name in weights}
+        wide = {name: (torch.float32, shapes[name]) for name in protected}
+        self.weights = Computed(
+            {name: (dtype_of(weights, name), shapes[name]) for name in weights}, self._weight
+        )
+        self.fisher = Computed(wide, partial(self._whole, "fisher"))
+        self.anchor = Computed(wide, partial(self._whole, "anchor"))
         shared = None if base is None else base.block_source()
         self.layers = MergedBlocks([model.block_source() for model in models], shared, blocks)
         _, self.blocks = renamed_factors(dict.fromkeys(blocks, torch.empty(0)), blocks, first.names)
@@ -208,9 +178,29 @@ class _Merged:
             lambda name: self.layers.matrix(of_matrix[name]),
         )
         self.factor_anchor = Computed(
-            {n: (torch.float32, shape_of(weights, n)) for n in weights if n in of_anchor},
+            {n: (torch.float32, shapes[n]) for n in weights if n in of_anchor},
             lambda name: self.layers.anchor(of_anchor[name]),
         )
+
+    def _weight(self, name: str) -> Tensor:
+        at = self.common(name)
+        if not self.weights.dtype(name).is_floating_point:
+            if name.endswith(COUNTER):
+                return reduce(torch.maximum, (model.weights[at] for model in self.models))
+            return self.models[0].source.weights[name]
+        if at in self.layers.covered:
+            return self.layers.weight(at)
+        return self._whole("weights", name)
+
+    def _whole(self, field: Literal["weights", "fisher", "anchor"], name: str) -> Tensor:
+        """Merge a tensor, its parts one after the other."""
+        headers = self.weights if field == "weights" else self.fisher
+        made = torch.empty(headers.shape(name), dtype=headers.dtype(name))
+        flat = made.view(-1)
+        for start, part in self.parts(name):
+            values: Tensor = getattr(part, field)
+            flat[start : start + values.numel()] = values
+        return made
 
     def parts(self, name: str) -> Iterator[tuple[int, MergedTensor]]:
         """Merge a tensor chunk by chunk; yield the start of each chunk with it."""

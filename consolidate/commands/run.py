@@ -230,13 +230,7 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
         evaluate = run_file.evaluate | {name: tests[name] for name in seen if name in tests}
         target = output / f"{number:02d}-{task.name}"
         free = own.get("penalty", "ewc" if has_fisher or number > 1 else "none") == "none"
-        kept = {"max_forgetting"} if has_fisher else set()  # there is something to forget
-        if has_fisher and (defaults | own).get("interpolate") == "auto":
-            kept.add("validation")
-        values = (without_penalty(defaults, keep=kept) if free else defaults) | own
-        measures = values.get("measure") or values.get("interpolation") == "fisher"
-        if values.get("no_fisher") and not measures:
-            values = without_estimation(values, kept=own)
+        values = _values_of(own, defaults, free=free, has_fisher=has_fisher)
         if not evaluate:
             values.pop("evaluate_every", None)
         if free and not has_fisher and start is None and evaluate.keys() - {task.name}:
@@ -271,6 +265,27 @@ def _plan(run_file: RunFile, start: Path | None, output: Path) -> list[Step]:
         trained_only = task.train and bool(values.get("no_fisher"))
         has_fisher, place = has_fisher or not trained_only, target
     return steps
+
+
+def _values_of(
+    own: Mapping[str, Any], defaults: Mapping[str, Any], *, free: bool, has_fisher: bool
+) -> dict[str, Any]:
+    """Combine a task's own options with those defaults that apply to it.
+
+    Args:
+        own: Its options.
+        defaults: Those of all tasks.
+        free: Whether it is trained without a penalty.
+        has_fisher: Whether there is a Fisher before it.
+    """
+    kept = {"max_forgetting"} if has_fisher else set()  # there is something to forget
+    if has_fisher and {**defaults, **own}.get("interpolate") == "auto":
+        kept.add("validation")
+    values = {**(without_penalty(defaults, keep=kept) if free else defaults), **own}
+    measures = values.get("measure") or values.get("interpolation") == "fisher"
+    if values.get("no_fisher") and not measures:
+        return without_estimation(values, kept=own)
+    return values
 
 
 def _fresh(run_file: RunFile, defaults: Mapping[str, Any]) -> Fresh:

@@ -12,7 +12,7 @@ import yaml
 from formats.benchmark import benchmark_task, is_task_file
 from formats.errors import InputError, UsageError, install
 from formats.rows import file_digest, listing_digest
-from formats.wording import first_line, neighbours
+from formats.wording import first_line, neighbours, suggestion
 
 LONGEST_PATH = 4096
 """Characters that a path or pattern may have: the time to read a pattern grows as their square."""
@@ -52,9 +52,8 @@ def task_path(data: str | Path) -> Path:
     """Return the path of a benchmark's task file, which must exist."""
     path = Path(str(benchmark_task(data))).expanduser()
     if not path.is_file():
-        near = neighbours(path)
-        hint = f"did you mean {' or '.join(near)}?" if near else "check the path"
-        raise InputError(f"{data}: {path} does not exist; {hint}")
+        hint = suggestion(neighbours(path)) or "; check the path"
+        raise InputError(f"{data}: {path} does not exist{hint}")
     return path
 
 
@@ -94,7 +93,8 @@ def _read(path: Path, seen: set[Path]) -> tuple[dict[str, Any], list[Path]]:
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or first_line(error)
         raise InputError(f"{path}{line} is not valid YAML: {problem}") from None
-    if not isinstance(content, dict) or not {"task", "group", "include"} & content.keys():
+    keys = {"task", "group", "include"} if len(seen) == 1 else set()  # what is included lacks them
+    if not isinstance(content, dict) or (keys and not keys & content.keys()):
         raise InputError(f"{path} is not a task of lm-eval: expected the key task")
     files = [path]
     included = content.pop("include", [])

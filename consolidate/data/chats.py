@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -125,6 +125,8 @@ class Chats:
     def _read(self, i: int, row: dict[str, Any], column: str) -> _Chat:
         where = self.rows.where(i, column)
         messages, tools = _from_json(row.get(column)), _from_json(row.get("tools"))
+        if self.rows.fills_in:
+            messages, tools = _without_nulls(messages), _without_nulls(tools)
         if fault := _no_list_of_dicts(messages):
             raise InputError(
                 f"{where}: expected a list of messages with role and content, found {fault}"
@@ -268,7 +270,16 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
             return json.loads(value or "null")
+    if isinstance(value, list):  # of JSON texts, where the objects have unlike keys
+        return [_from_json(one) if isinstance(one, str) else one for one in value]
     return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out the keys that a table fills in with nulls, as other rows have them."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _no_list_of_dicts(value: Any) -> str:

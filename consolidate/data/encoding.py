@@ -92,6 +92,7 @@ class _Counted(Rows):
         self._rows, self._advance, self._read = rows, advance, 0
         self._by_column = by_column
         self.name, self.columns, self.tensors = rows.name, rows.columns, rows.tensors
+        self.fills_in = rows.fills_in
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from consolidate.models.model import Model
 from consolidate.options import Columns
 from formats.errors import InputError
 from formats.rows import Rows
-from formats.wording import few
+from formats.wording import few, shown
 
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
@@ -25,7 +26,14 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
         return [str(i) for i in range(count)] if count > 1 else []
     found = label_values(rows, objective, columns)
     if all(name.isdecimal() for name in found):
-        return [str(i) for i in range(max(map(int, found)) + 1)]
+        largest = max(map(int, found))
+        if largest > 10 * len(found) + 1000:
+            where = place_of_label(rows, objective, columns, {str(largest)})
+            raise InputError(
+                f"{where}: expected class numbers from 0, of {len(found)} classes, found "
+                f"{shown(largest)}: name the column of the labels, or write them as text"
+            )
+        return [str(i) for i in range(largest + 1)]
     return found
 
 
@@ -41,8 +49,8 @@ def label_values(
     lengths: set[int] = set()
     numbered: tuple[int, Any] | None = None  # the first row with a number that is no text
     values = rows.values(column) if rows.tensors is None else _distinct(within_int64(rows, column))
+    several = objective in ("multi-label", "token-classification")
     for i, value in enumerate(values):
-        several = objective in ("multi-label", "token-classification")
         row = as_list(value, rows.where(i, column)) if several else [value]
         lengths.add(len(row))
         for one in row:
@@ -78,8 +86,8 @@ def place_of_label(
     column = label_column(rows, columns or Columns(), objective)
     stated = rows.label_names(column) or []
     wanted = {*names, *(str(i) for i, name in enumerate(stated) if name in names)}
+    several = objective in ("multi-label", "token-classification")
     for i, value in enumerate(rows.values(column)):
-        several = objective in ("multi-label", "token-classification")
         for one in as_list(value, rows.where(i, column)) if several else [value]:
             number = as_integer(one)
             if (str(one) if number is None else str(number)) in wanted:
@@ -145,7 +153,7 @@ class Labels:
         self._count = count
         self._by_name = {name: i for i, name in enumerate(model.labels or [])}
         self.notes: list[str] = []
-        stated = rows.label_names(column)
+        self._stated = stated = rows.label_names(column)
         self._from_data: dict[int, int] = {}  # the data's class numbers -> the model's
         self._all_named = False  # the model's labels are numbers, and numbers are their names
         if stated is not None and self._by_name:
@@ -168,12 +176,13 @@ class Labels:
                 "the checkpoint's labels have no names; the data's classes are used in their "
                 f"order: {', '.join(stated)}"
             )
+        self._names = {*self._by_name, *(stated or ())}
 
     def index(self, value: Any, i: int, *, ignorable: bool = False) -> int:
         """Return the class number of a value in row `i`, a number or a name."""
         number = as_integer(value)
-        if isinstance(value, str) and (number is None or value in self._by_name):
-            number = self._named(value)
+        if isinstance(value, str) and (number is None or value.strip() in self._names):
+            number = self._named(value if number is None else value.strip())
         elif ignorable and number == -100:
             return number
         elif number is not None:
@@ -187,8 +196,13 @@ class Labels:
         assert self._count is not None
         values = as_list(value, self._rows.where(i, self._column))
         numbers = [as_integer(one) for one in values]
-        named = any(isinstance(one, str) and one in self._by_name for one in values)
-        if len(values) == self._count and not named and all(n in (0, 1) for n in numbers):
+        binary = len(values) == self._count and all(n in (0, 1) for n in numbers)
+        if binary and len(values) < 3:  # else 0 or 1 is there twice, and this is no list of labels
+            listed = self._stated is not None or any(
+                isinstance(one, str) and one in self._by_name for one in values
+            )
+            binary = not listed
+        if binary:
             return [float(n) for n in numbers if n is not None]
         vector = [0.0] * self._count
         for one in values:
@@ -224,15 +238,15 @@ class Labels:
         )
 
 
+_INTEGER = re.compile(r"\s*(0|-?[1-9][0-9]{0,400})\s*", re.ASCII)
+
+
 def as_integer(value: Any) -> int | None:
     """Return the integer that a value is or spells, None if there is none."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, str):
-        try:
-            return int(value.strip())
-        except ValueError:
-            return None
+    if isinstance(value, str):  # 01, +1 and 1_0 are names
+        return int(value) if _INTEGER.fullmatch(value) else None
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     return int(value) if whole else None
 
@@ -267,8 +281,8 @@ def as_numbers(value: Any, where: str) -> list[float]:
     values = [value] if isinstance(value, bool | int | float) else as_list(value, where)
     try:
         numbers = [float(one) for one in values]
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: expected numbers, found {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{where}: expected numbers, found {shown(value)}") from None
     if not numbers:
         raise InputError(f"{where}: expected a number, found nothing")
     if not all(map(math.isfinite, numbers)):

@@ -98,7 +98,7 @@ def _stacked(rows: Rows, name: str) -> Tensor:
             if isinstance(value, str):
                 value = [float(one) for one in as_list(value, where)]
             tensor = torch.tensor(as_list(value, where))
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last for None
             raise InputError(f"{where}: expected numbers, found {value!r:.60}") from None
         values.append(tensor)
         if tensor.shape != values[0].shape:

@@ -129,7 +129,7 @@ def _words(texts: TokenizedTexts, columns: Columns) -> TextExamples:
     column = find_column(rows, columns, "tokens", "tokens", "words")
     labelled = label_column(rows, columns, texts.model.objective.name)
     reader = Labels(rows, labelled, texts.model, texts.model.outputs)
-    labels = Ragged()
+    labels, spaced = Ragged(), _needs_spaces(texts.tokenizer)
     for chunk in texts.chunks():
         sentences, numbers = [], []
         for i, row in chunk:
@@ -142,6 +142,8 @@ def _words(texts: TokenizedTexts, columns: Columns) -> TextExamples:
                 )
             if not all(isinstance(word, str) for word in words):
                 raise InputError(f"{rows.where(i, column)}: expected words, found {words!r:.60}")
+            if spaced:
+                words = [*words[:1], *(f" {word}" for word in words[1:])]
             sentences.append(texts.shortened(words, is_split_into_words=True))
             numbers.append([reader.index(mark, i, ignorable=True) for mark in marks])
         encoded, long = texts.encode(sentences, is_split_into_words=True)
@@ -158,6 +160,17 @@ def _words(texts: TokenizedTexts, columns: Columns) -> TextExamples:
             labels.append(marked)
             texts.keep(encoded, n, n in long)
     return texts.examples(labels, notes=reader.notes)
+
+
+def _needs_spaces(tokenizer: Any) -> bool:
+    """Whether words one by one lose the space before them, as with RoBERTa's byte pairs."""
+    options = {"add_special_tokens": False}
+    text = tokenizer("a a", **options)["input_ids"]
+    plain, spaced = (
+        tokenizer(words, is_split_into_words=True, **options)["input_ids"]
+        for words in (["a", "a"], ["a", " a"])
+    )
+    return bool(plain != text and spaced == text)
 
 
 def _continued(texts: TokenizedTexts, columns: Columns, loss_on: str | None) -> TextExamples:
@@ -281,7 +294,9 @@ def _filled_in(texts: TokenizedTexts, columns: Columns, seed: int) -> TextExampl
                     texts.empty += 1
                     continue
                 texts.keep(encoded, n, n in long)
-    masking = Masking(tokenizer.mask_token_id, torch.tensor(sorted(special)), len(tokenizer), seed)
+    module: Any = texts.model.module
+    known = min(len(tokenizer), len(module.get_input_embeddings().weight))
+    masking = Masking(tokenizer.mask_token_id, torch.tensor(sorted(special)), known, seed)
     return texts.examples(None, fields, masking=masking)
 
 

@@ -134,7 +134,7 @@ class TokenizedTexts:
             return []
         note = f"{self.empty} of {len(self.rows)} rows have nothing to predict and were left out"
         if self.cut_off:
-            note += f"; {self.cut_off} of them since {self.max_length} tokens do not reach it"
+            note += f"; in {self.cut_off} of them truncation to {self.max_length} tokens cut it off"
         return [note]
 
     def nothing_to_predict(self) -> InputError:
@@ -175,17 +175,16 @@ class TokenizedTexts:
 
 
 def padding_token(model: Model) -> int:
-    """Return the id to pad with: the tokenizer's, else the config's.
+    """Return the id to pad with: the config's, by which classifiers find the last token.
 
-    Outside of the embedding it is 0, as padding is masked; a masked language model must know it.
+    Else the tokenizer's, or 0, as padding is masked; a masked language model must know it.
     """
     module: Any = model.module
-    pad = getattr(model.processor, "pad_token_id", None)
-    pad = getattr(module.config, "pad_token_id", None) if pad is None else pad
+    pads = [getattr(at, "pad_token_id", None) for at in (module.config, model.processor)]
     if model.objective.name == "masked-lm":
-        return int(pad or 0)
+        return int(pads[1] or pads[0] or 0)
     known = len(module.get_input_embeddings().weight)
-    return int(pad) if pad is not None and 0 <= pad < known else 0
+    return next((int(pad) for pad in pads if pad is not None and 0 <= pad < known), 0)
 
 
 def most_tokens(model: Model) -> int | None:

@@ -430,20 +430,23 @@ def _numbered(
 def _measuring(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode with its parameters' gradients off, others' on.
 
-    Products of float32 use full precision: in TF32 or bfloat16 a batch would not agree with its
-    single examples. Modes, buffers, precisions and `requires_grad` are restored bit for bit.
+    Products of float32 use full precision, also inside autocast: in TF32 or bfloat16 a batch would
+    not agree with its single examples. Modes, buffers, precisions and `requires_grad` are restored
+    bit for bit.
     """
     settings: list[tuple[Any, str, Any]]
     settings = [(product, "fp32_precision", "ieee") for product in _products()]
     config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
         settings.append((config, "use_cache", False))  # It would change when a layer runs again.
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    # No part of ∇ log p: it divides a row's gradient by how often the batch has the row.
+    settings += [(table, "scale_grad_by_freq", False) for table in tables]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     trained = [p for p in model.parameters() if p.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     # An embedding with max_norm changes its weight when it is called.
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     changing: list[Tensor] = [m.weight for m in tables if m.max_norm is not None]
     kept: list[Tensor] = [*model.buffers(), *changing]
     copies = [(tensor, tensor.detach().clone()) for tensor in kept]
@@ -454,6 +457,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             setattr(owner, name, value)
         with (
             eval_mode(model),
+            torch.autocast(place_of(model).device.type, enabled=False),
             _recurrent_in_training_mode(model),
             torch.inference_mode(False),
             torch.enable_grad(),

@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     units: list[Unit]  # the marked units, of parameters that do not use the loop
     failures: dict[str, Failure]  # the first method that failed, for those with one
     only_single: str | None = None  # why the model refuses several examples; None if it does not
-    alone: Alone | None = None  # for `doubt_of_rows`; None where the few were the whole batch
+    alone: Alone | None = None  # for `suspect_rows`; None where the few were the whole batch
 
 
 class _Probe(NamedTuple):
@@ -138,7 +138,7 @@ def choose_methods(
 
     That costs about 5/B of a training pass. Two more backward passes of the whole batch without the
     gradients of weights, about two thirds of a training pass, check what needs all of it
-    (`doubt_of_rows`).
+    (`suspect_rows`).
 
     The two are the longest and the shortest text where there is an attention mask, otherwise the
     last example and a random one. They and the vector that is backpropagated, which is random,

@@ -33,7 +33,7 @@ from consolidate.estimation.whole_batch import (
     Doubt,
     MixedExamplesError,
     compare_rows,
-    doubt_of_rows,
+    suspect_rows,
 )
 from consolidate.runtime.devices import release_memory
 from formats.errors import InputError
@@ -104,8 +104,9 @@ class Pass:
         self._by_loop = self._parameters
         self._first: Batch | None = None
         self._most: int | None = None
+        self._vectors = 0  # of the batch so far, each of which adds to every element
         self._since_fold: list[Batch] = []
-        self._told: set[str] = set()
+        self._noted: set[str] = set()
         if start is not None:
             self.levels, self._most = start.levels, start.most
             self._accumulators().load(start.tensors)
@@ -223,11 +224,12 @@ class Pass:
         if not self._scores.whole:
             self._choose_methods(batch)
         accumulators = self._accumulators()  # After the check, which takes as much memory.
-        units = self._scores.units(batch.labels)
+        units, self._vectors = self._scores.units(batch.labels), 0
         if self._scores.whole:
-            units, additions = units.sum()[None], 1
+            units = units.sum()[None]
             with requiring_gradients(self._parameters):
                 traces = add_gradients(self._sums, self._parameters, *self._run(batch))
+            additions = self._vectors
         else:
             traces, additions = self._add_examples(batch)
         accumulators.end_batch(traces, units, len(batch), where_in_data(batch), additions)
@@ -251,9 +253,9 @@ class Pass:
                 self._recorder = Recorder(self._model, plan.units, self._dtype)
                 self._watched = {n: p for n, p in every.items() if n not in plan.levels}
                 self._by_loop = {n: p for n, p in every.items() if plan.levels.get(n) == "loop"}
-            self._tell(plan)
+            self._note_plan(plan)
 
-    def _tell(self, plan: Plan) -> None:
+    def _note_plan(self, plan: Plan) -> None:
         """Report the modules that do not use the method that was tried first, and why."""
         notes = []
         if (why := plan.only_single) is not None:
@@ -264,8 +266,8 @@ class Pass:
                 names.setdefault((method, error, now), []).append(name)
         notes += [_fallen(*reason, of_reason) for reason, of_reason in names.items()]
         for note in notes:
-            if note not in self._told:  # With `check` there is a plan for every batch.
-                self._told.add(note)
+            if note not in self._noted:  # With `check` there is a plan for every batch.
+                self._noted.add(note)
                 self._note(note)
 
     def _add_examples(self, batch: Batch) -> tuple[dict[str, Tensor], int]:
@@ -311,7 +313,7 @@ class Pass:
                     for i in range(len(batch))
                 ]
             traces |= self._joined(each)
-            additions = max(additions, len(batch))
+            additions = max(additions, self._vectors)
         return traces, additions
 
     @contextmanager
@@ -345,7 +347,7 @@ class Pass:
         assert self._plan is not None
         assert self._plan.alone is not None
         known, units = self._plan.alone, self._plan.units
-        return doubt_of_rows(known, recording, outputs, batch.number, units, traces)
+        return suspect_rows(known, recording, outputs, batch.number, units, traces)
 
     def _decide(self, batch: Batch, doubt: Doubt) -> None:
         """Compare the rows that are in doubt; what was added is undone if they differ."""
@@ -369,7 +371,12 @@ class Pass:
 
     def _run(self, batch: Batch) -> tuple[Tensor, Iterator[Tensor]]:
         outputs = self._scores.forward(batch)
-        return outputs, self._scores.vectors(outputs.detach(), batch)
+        return outputs, self._counted(self._scores.vectors(outputs.detach(), batch))
+
+    def _counted(self, vectors: Iterable[Tensor]) -> Iterator[Tensor]:
+        for vector in vectors:
+            self._vectors += 1
+            yield vector
 
     def _placed(self, batch: Batch) -> Batch:
         inputs, labels = placed(self._place, batch.inputs, batch.labels)

@@ -39,7 +39,7 @@ class Doubt(NamedTuple):
     draws: list[Tensor]  # its factors, (B,)
 
 
-def doubt_of_rows(
+def suspect_rows(
     known: Alone,
     recording: Recording,
     outputs: Tensor,
@@ -47,7 +47,7 @@ def doubt_of_rows(
     units: Iterable[Unit],
     traces: Mapping[str, Tensor],
 ) -> Doubt | None:
-    """Return in what the rows of a whole batch, as recorded, do not look like its examples'.
+    """Return what shows that rows of a recorded batch are not its examples'; None if nothing does.
 
     The outputs of one example are those that it has alone. A random vector, the same for each
     example but times one of FACTORS, arrives with these at each marked call; then again with the

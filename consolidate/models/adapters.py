@@ -37,8 +37,8 @@ def load(checkpoint: Checkpoint, **options: Any) -> Model:
     return model
 
 
-def without_fisher(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
-    """Warn about factors whose Fisher is zero because the other factor is, as before training."""
+def notes_on_zero_factors(model: Model, diagonal: Mapping[str, Tensor]) -> list[str]:
+    """Name factors whose Fisher is zero because the other factor is, as before training."""
     names = {id(parameter): name for name, parameter in model.module.named_parameters()}
     lost = [
         names[id(factor)]

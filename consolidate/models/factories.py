@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from consolidate.runtime.randomness import untouched_randomness
 from formats.errors import ConsolidateError, UsageError
+from formats.wording import suggestion
 
 TIMM = "timm:create_model"
 """The factory whose arguments are read from timm's own config."""
@@ -40,8 +41,9 @@ def make_module(factory: str, config: dict[str, Any]) -> nn.Module:
         for part in attribute.split("."):
             if not hasattr(target, part):
                 near = difflib.get_close_matches(part, dir(target), n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UsageError(f"--model {factory}: {module_name} has no {part}{hint}")
+                raise UsageError(
+                    f"--model {factory}: {module_name} has no {part}{suggestion(near)}"
+                )
             target = getattr(target, part)
         if not callable(target):
             raise UsageError(

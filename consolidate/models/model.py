@@ -25,6 +25,7 @@ from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError
 from formats.fisher_json import SAME_AS
 from formats.tensors import Renamed, shape_of
+from formats.wording import suggestion
 
 
 @dataclass(eq=False)
@@ -130,7 +131,7 @@ def freeze_parameters(model: Model, patterns: Sequence[str]) -> None:
         matched = {p for name, ps in names.items() if fnmatchcase(name, pattern) for p in ps}
         if not matched:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-            hint = f"; did you mean {' or '.join(near)}?" if near else "; check the pattern"
+            hint = suggestion(near) or "; check the pattern"
             raise UsageError(f"--freeze {pattern} matches no parameter{hint}")
         for name in matched:
             file_names = model.layout.file_names(name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from formats.errors import InputError, UsageError
+from formats.wording import suggestion
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,8 @@ def get_objective(name: str, *, factory: bool = False) -> Objective:
     """Return the objective of that name; with a factory, one whose inputs are tensors."""
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(
-            f"unknown objective {name!r}: expected one of {', '.join(OBJECTIVES)}{hint}"
+            f"unknown objective {name!r}: expected one of {', '.join(OBJECTIVES)}{suggestion(near)}"
         )
     objective = OBJECTIVES[name]
     if factory:

@@ -24,8 +24,9 @@ def compiled(source: str) -> ctypes.CDLL:
     """Return the library of a source in C, which the first call on a machine compiles.
 
     Libraries are kept in `$XDG_CACHE_HOME/consolidate`, by default `~/.cache/consolidate`, which
-    nobody else may write to. A name has the digest of source, flags, compiler and the processor's
-    instructions, so that machines may share the folder, and that of the file, which shows damage.
+    nobody else may write to. A file name has two digests: of source, flags, compiler and the
+    processor's instructions, so that machines can share the folder; and of the file, which shows
+    damage.
 
     Raises:
         CompilerError: There is no compiler, it failed, or its output cannot be kept or loaded.
@@ -121,5 +122,5 @@ def _reason(error: Exception) -> str:
         why = next((line for line in lines if "error:" in line), f"exit code {error.returncode}")
         return f"{error.cmd[0]}: {why}"
     if isinstance(error, FileNotFoundError):
-        return f"{error.filename} is not there; CC names the compiler"
+        return f"{error.filename} does not exist: set CC to a C compiler"
     return str(error)

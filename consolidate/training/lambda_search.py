@@ -134,7 +134,11 @@ def grid(train: Train, strengths: Sequence[float], steps: int) -> list[Trial]:
 
 def more_by_mean(whole: Sequence[Trial]) -> int:
     """Ask for whole runs beyond the best one while its only neighbour is clearly worse."""
+    if not any(one.metrics for one in whole):
+        return -1
     order = sorted(whole, key=_protection)
+    if len(order) == 1:
+        return 0
     best = best_mean(order)
     if best is order[-1] and best.mean - order[-2].mean > NOTABLE:
         return 1
@@ -146,7 +150,9 @@ def more_by_mean(whole: Sequence[Trial]) -> int:
 def more_by_limit(whole: Sequence[Trial], *, max_forgetting: float) -> int:
     """Ask for whole runs until one keeps to the limit on forgetting and a weaker one does not."""
     most = max_forgetting + ROUNDING
-    keeps = {one.forgetting is not None and one.forgetting <= most for one in whole}
+    keeps = {one.forgetting is not None and one.forgetting <= most for one in whole if one.metrics}
+    if not keeps:
+        return -1
     return 0 if len(keeps) == 2 else -1 if keeps.pop() else 1
 
 

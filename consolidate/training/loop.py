@@ -226,7 +226,10 @@ def training_steps(
         NonFiniteError: The loss or the penalty is not finite; no step is taken on it.
     """
     model.train()
-    if recipe.norm_statistics != "update":
+    norms = []
+    if recipe.norm_statistics == "update":
+        norms = [m for m in with_statistics(model) if not isinstance(m, nn.SyncBatchNorm)]
+    else:
         freeze_statistics(model)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     place, sharded = place_of(model), is_sharded(model)
@@ -245,6 +248,7 @@ def training_steps(
         for batch in micro_batches if sharded else parts:
             running = batch or stand_in
             assert running is not None
+            _use_own_statistics(norms, len(running[1]) > 1)
             micro_loss = _loss(model, place, running, likelihood, recipe) / max(units, 1)
             if batch is None:
                 micro_loss = micro_loss * 0
@@ -276,6 +280,12 @@ def training_steps(
                 penalty_value = proximal.proximal_step_and_value_(optimizer).item()
             scheduler.step()
         yield taken
+
+
+def _use_own_statistics(norms: Iterable[nn.Module], own: bool) -> None:
+    """Normalize by a batch's own statistics, or, as one example has no variance, by the running."""
+    for norm in norms:
+        norm.train(own)
 
 
 def _loss(

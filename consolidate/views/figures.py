@@ -108,9 +108,9 @@ def score_figures(ledger: Ledger, matrix: MatrixSummary | None) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def trade_off(title: str, said: str, curves: Sequence[Curve], labels: tuple[str, str]) -> Lines:
+def trade_off(said: str, curves: Sequence[Curve], labels: tuple[str, str]) -> Lines:
     """Chart stability against plasticity: the scores on old tasks over that on the new one."""
-    return Lines(title, said, curves, (), number, labels, zoomed=True)
+    return Lines("Stability against plasticity", said, curves, (), number, labels, zoomed=True)
 
 
 def in_order(ledger: Ledger) -> list[str]:
@@ -216,7 +216,7 @@ def _trade_off(ledger: Ledger) -> Figure | None:
     last = ", ".join(f"{name} {_score(x)} and {_score(y)}" for name, (x, y) in ends)
     said = f"Score on the new task, and mean score on earlier tasks, at the end of each: {last}."
     labels = ("score on the new task", "mean score on earlier tasks")
-    chart = trade_off("Stability against plasticity", said, curves, labels)
+    chart = trade_off(said, curves, labels)
     header = ["learning", "when", "score on it", "mean score on earlier tasks"]
     return Figure("tradeoff", chart, header, *listed(rows))
 

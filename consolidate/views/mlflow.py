@@ -30,7 +30,7 @@ class MlflowRun:
     def __init__(self, mlflow: Any, client: Any, run_id: str, joined: bool) -> None:
         self._mlflow, self._client, self._run_id, self._joined = mlflow, client, run_id, joined
         self.place = f"{'joined' if joined else 'started'} run {run_id}"
-        self._on_its_way = 0  # metrics that are being sent
+        self._in_flight = 0  # metrics that are being sent
         self._sending: Any = None
 
     def record(self, kind: str, values: Mapping[str, object]) -> None:
@@ -48,8 +48,8 @@ class MlflowRun:
         sending, self._sending = self._sending, None
         if sending is not None:
             sending.wait()
-            del points[: self._on_its_way]
-        self._on_its_way = len(points)
+            del points[: self._in_flight]
+        self._in_flight = len(points)
         metrics = [Metric(_key(p.name), p.value, round(1000 * p.time), p.step) for p in points]
         self._sending = self._client.log_batch(self._run_id, metrics=metrics, synchronous=False)
 

@@ -50,5 +50,5 @@ def search_charts(search: Mapping[str, Any]) -> list[Lines]:
     labels = ("λ", "score on held-out data")
     return [
         Lines("Scores over λ", said, lines, ticks, number, labels),
-        trade_off("Stability over plasticity", said, [path], (f"score on {new}", stability)),
+        trade_off(said, [path], (f"score on {new}", stability)),
     ]

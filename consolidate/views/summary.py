@@ -164,7 +164,7 @@ def _heads(summary: ShowResult) -> list[str]:
         return []
     own = ", ".join(summary["heads"])
     rest = [task["name"] for task in summary["tasks"] if task["name"] not in summary["heads"]]
-    return [f"saved heads: {own}; head in the weights: {', '.join(rest) or 'of no task'}"]
+    return [f"saved heads: {own}; head in the weights: {', '.join(rest) or 'none'}"]
 
 
 def shown_task(record: TaskRecord) -> Task:

@@ -65,7 +65,7 @@ class Tracker:
             for name, value in values.items()
             if value is not None and value not in ((), [], {}, "")
         }
-        self._went(f"refused {len(given)} {kind}", self._store.record, kind, given)
+        self._attempt(f"refused {len(given)} {kind}", self._store.record, kind, given)
 
     def metric(self, name: str, value: float | None, step: int = 0) -> None:
         """Queue a number, unless it is None."""
@@ -93,16 +93,18 @@ class Tracker:
 
     def send(self) -> None:
         """Send the queued metrics; keep what could not be sent."""
-        self._failed = not self._went("did not accept the metrics", self._store.send, self._waiting)
+        self._failed = not self._attempt(
+            "did not accept the metrics", self._store.send, self._waiting
+        )
         self._sent_at = time.monotonic()
 
     def end(self, status: str) -> None:
         """Send what is queued, and end the run."""
         self.send()
         self.send()  # waits for the first, and sends what it did not
-        self._went(f"could not end the run {self._store.place}", self._store.end, status)
+        self._attempt(f"could not end the run {self._store.place}", self._store.end, status)
 
-    def _went(self, what: str, call: Callable[..., Any], *args: Any) -> bool:
+    def _attempt(self, what: str, call: Callable[..., Any], *args: Any) -> bool:
         """Call the store and log whatever it raises, so that the command continues."""
         try:
             call(*args)

@@ -319,6 +319,23 @@ def test_a_run_that_diverges_leaves_nothing(
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_weights_in_float64_are_trained_in_float64(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    file = network_checkpoint / "model.safetensors"
+    wide = {name: values.double() + 1e-12 for name, values in load_file(file).items()}
+    save_file(wide, file)
+    fisher(network_checkpoint, write_task("old"), **NETWORK)
+    options = {**FAST, "freeze": ["0.*"], "ewc_lambda": 1.0, "no_fisher": True}
+    out = tmp_path / "out"
+    consolidate.finetune(network_checkpoint, write_task("new", seed=1), output_dir=out, **options)
+    found = load_file(out / "model.safetensors")
+    assert all(values.dtype == torch.float64 for values in found.values())
+    for name, values in found.items():
+        assert torch.equal(values, wide[name]) == name.startswith("0.")
+        assert name.startswith("0.") or not torch.equal(values, values.float().double())
+
+
 def test_a_frozen_parameter_is_neither_trained_nor_measured(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:

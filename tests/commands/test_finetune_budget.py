@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from consolidate.api import evaluate, finetune, fisher, show
-from consolidate.commands import finetune_budget, finetune_interpolation
+from consolidate.commands import finetune_budget
+from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.runtime import signals
 from formats.errors import ForgettingError, NonFiniteError, UsageError
 from support.checkpoints import normed
@@ -220,11 +221,36 @@ def test_a_new_head_is_learned_even_where_only_the_start_keeps_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     b, out = write_task("b", seed=1, count=120), tmp_path / "out"
-    monkeypatch.setattr(finetune_interpolation, "largest_kept", lambda tried: 0.0)
+    keep_at_most(monkeypatch, 0.0)
     found = finetune(learned, b, output_dir=out, **over_budget(held, head="new"))
     assert found["interpolation"]["alpha"] == 0
     assert found["budget"]["lost"] == {"a": 0.0}
+    assert [point["alpha"] for point in found["interpolation"]["curve"]][:2] == [0, 1 / 128]
     assert evaluate(out, {"b": b}, **NETWORK)["b"]["accuracy"] > 0.4
+
+
+def test_new_outputs_that_old_tasks_share_can_exceed_a_budget_at_the_start(
+    learned: Path,
+    held: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    b, out = write_task("b", seed=1, count=120), tmp_path / "out"
+    keep_at_most(monkeypatch, -1.0)  # what was measured at α = 0 counts too
+    with pytest.raises(ForgettingError, match="even with α = 0 of the way"):
+        finetune(learned, b, output_dir=out, **over_budget(held, head="new"))
+    assert not out.exists()
+
+
+def keep_at_most(monkeypatch: pytest.MonkeyPatch, most: float) -> None:
+    """Let no larger α keep the budget."""
+    tried = Interpolator._tried
+
+    def kept(self: Interpolator) -> list[tuple[float, bool]]:
+        return [(alpha, keeps and alpha <= most) for alpha, keeps in tried(self)]
+
+    monkeypatch.setattr(Interpolator, "_tried", kept)
 
 
 def test_another_budget_or_other_rows_are_another_result(

@@ -463,6 +463,29 @@ def test_a_signal_while_alpha_is_chosen_keeps_the_training(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_signal_while_statistics_are_measured_again_keeps_the_training(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, b = network_checkpoint, write_task("b", seed=1, count=120)
+    module = normed_by_batches({})
+    save_file(module.state_dict(), start / "model.safetensors", {"format": "pt"})
+    options = {**COMMON, "model": f"{__name__}:normed_by_batches", "norm_statistics": "update"}
+    options |= {"penalty": "none", "ewc_lambda": None, "interpolate": 0.5}
+    finetune(start, b, output_dir=tmp_path / "whole", **options)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_interpolation, "remeasure_statistics", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(start, b, output_dir=tmp_path / "out", **options)
+    with monkeypatch.context() as patch:
+        patch.delattr("consolidate.commands.finetune_run.training_steps")
+        finetune(start, b, output_dir=tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_another_alpha_is_another_result(learned: Path, write_task: Write, tmp_path: Path) -> None:
     b, out = write_task("b", seed=1), tmp_path / "out"
     finetune(learned, b, output_dir=out, interpolate=0.5, **COMMON)

@@ -138,7 +138,7 @@ def test_training_goes_on_without_it_and_says_so(
     c, out = write_task("c", seed=2), tmp_path / "out"
     with caplog.at_level("INFO", "consolidate"):
         result = finetune(unmeasured, c, output_dir=out, **COMMON)
-    said = "b was not measured, and nothing protects it now: --measure b=DATA measures it first"
+    said = "b has no Fisher, so the penalty does not protect it: --measure b=DATA measures it first"
     assert caplog.messages.count(said) == 1
     assert result["history"][0]["penalty"] > 0  # around the weights of a
     ledger = read_fisher(out / "fisher").ledger

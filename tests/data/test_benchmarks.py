@@ -404,6 +404,14 @@ def own_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarks, "_all_tasks", lambda: index)
 
 
+def test_what_a_task_file_includes_is_no_task_of_its_own(folder: Path) -> None:
+    write(folder / "_base.yaml", {key: value for key, value in CHOICE.items() if key != "task"})
+    (folder / "child.yaml").write_text("include: _base.yaml\ntask: child")
+    before = benchmark_files.task_file_digest(folder / "child.yaml")
+    (folder / "_base.yaml").write_text("output_type: loglikelihood")
+    assert benchmark_files.task_file_digest(folder / "child.yaml") != before
+
+
 def test_files_that_are_none(llama: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "broken.yaml").write_text("task: [a\nb: c")
     (folder / "loop.yaml").write_text("task: a\ninclude: loop.yaml")

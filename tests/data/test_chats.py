@@ -144,6 +144,25 @@ def test_chats_of_a_table_are_json(tmp_path: Path) -> None:
             encode(open_data(tmp_path / "b.csv"), model)
 
 
+def test_nulls_that_a_table_fills_in_are_left_out(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    tools = [{"name": "look", "parameters": {name: {"type": "string"}}} for name in ("city", "day")]
+    whole = [{"messages": ONE, "tools": [one]} for one in tools]
+    parquet.write_table(pyarrow.Table.from_pylist(whole), tmp_path / "chats.parquet")
+    model, rows = gpt2(tmp_path), open_data(tmp_path / "chats.parquet")
+    assert rows[0]["tools"][0]["parameters"]["day"] is None
+    assert documents(rows, model) == documents(jsonl(tmp_path / "chats.jsonl", *whole), model)
+
+
+def test_messages_may_each_be_json(tmp_path: Path) -> None:
+    model = gpt2(tmp_path)
+    texts = jsonl(tmp_path / "a.jsonl", {"messages": [json.dumps(one) for one in ONE]})
+    assert documents(texts, model) == documents(
+        jsonl(tmp_path / "b.jsonl", {"messages": ONE}), model
+    )
+
+
 def test_prefixes_find_what_the_template_marks(tmp_path: Path) -> None:
     model = gpt2(tmp_path, MARKED)
     rows = jsonl(tmp_path / "a.jsonl", *ROWS, {"messages": [*ONE, *ONE[1:]], "tools": TOOLS})
@@ -262,8 +281,8 @@ def test_turns_that_were_cut_off_are_counted(tmp_path: Path) -> None:
     cut, left_out, _ = examples.notes_on()
     assert cut == f"2 of 2 texts were truncated to {before + 2} tokens"
     assert left_out == (
-        "1 of 3 rows have nothing to predict and were left out; 1 of them since "
-        f"{before + 2} tokens do not reach it"
+        "1 of 3 rows have nothing to predict and were left out; in 1 of them truncation to "
+        f"{before + 2} tokens cut it off"
     )
     with pytest.raises(InputError, match=r"truncation to 3 tokens cut off all .* in 3 of 3 rows"):
         encode(rows, model, Encoding(loss_on="assistant", max_length=3))

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 import consolidate
 from consolidate.data.encoding import encode, unread_columns
 from consolidate.data.examples import Examples, Part, hold_out, subset
-from consolidate.data.labels import label_names, label_values
+from consolidate.data.labels import Labels, label_names, label_values
 from consolidate.data.replay import WithReplay
 from consolidate.estimation.batches import model_outputs
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
@@ -334,6 +334,9 @@ def test_a_classifier_on_a_decoder_pads_without_a_padding_token(tmp_path: Path) 
     together = model_outputs(model.module, inputs, labels)
     alone = [model_outputs(model.module, *batch) for batch in examples.batches(1)]
     assert torch.allclose(together, torch.cat(alone), atol=1e-6)
+    model.module.config.pad_token_id, model.processor.pad_token = 7, "<|endoftext|>"
+    inputs, _ = first_batch(encode(rows, model))  # where the last token is, the config says
+    assert inputs["input_ids"][1, -1] == 7
     with pytest.raises(InputError, match="expected a text, found an empty one"):
         encode(jsonl(tmp_path, {"text": "", "label": 0}), model)
 
@@ -354,6 +357,45 @@ def test_several_labels(tmp_path: Path) -> None:
     assert first_batch(encode(written, model))[1].tolist() == [[0, 1, 1], [1, 0, 0]]
     with pytest.raises(InputError, match=r"1.*'labels'.*'talk'"):
         encode(jsonl(tmp_path, {"text": "a", "labels": ["talk"]}), model)
+
+
+def test_zeros_and_ones_are_no_names_of_labels(tmp_path: Path) -> None:
+    names = {0: "0", 1: "1", 2: "2"}
+    model = bert(
+        tmp_path,
+        problem_type="multi_label_classification",
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+    )
+    written = csv(tmp_path, 'text,labels\na,"1,0,1"\nb,"0,0,0"\nc,"2,0"\n')
+    assert first_batch(encode(written, model))[1].tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 1]]
+
+
+def test_labels_that_only_look_like_numbers_keep_their_names(tmp_path: Path) -> None:
+    rows = csv(tmp_path, "text,label\na,01\nb,02\nc,99\nd,2023_1\ne, 7\n")
+    names = label_names(rows, "sequence-classification")
+    assert names == ["01", "02", "2023_1", "7", "99"]
+    ids = dict(enumerate(names))
+    model = bert(tmp_path, id2label=ids, label2id={name: i for i, name in ids.items()})
+    assert first_batch(encode(rows, model))[1].tolist() == [0, 1, 4, 2, 3]
+
+
+def test_a_column_of_ids_makes_no_head(tmp_path: Path) -> None:
+    rows = csv(tmp_path, "text,label\na,3\nb,4000000000\n")
+    with pytest.raises(InputError, match=r"row 2 .*from 0, of 2 classes, found 4000000000"):
+        label_names(rows, "sequence-classification")
+
+
+def test_a_folder_named_by_a_number_that_is_no_class_is_refused(tmp_path: Path) -> None:
+    for name in ("1", "5", "6"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / name / "a.png")
+    model = bert(tmp_path, id2label={0: "5", 1: "6"}, label2id={"5": 0, "6": 1})
+    rows = open_data(tmp_path / "images")
+    reader = Labels(rows, "label", model, 2)
+    assert [reader.index(name, 0) for name in ("5", "6")] == [0, 1]
+    with pytest.raises(InputError, match="expected one of the model's 2 labels, 5, 6"):
+        reader.index("1", 0)
 
 
 def test_regression(tmp_path: Path) -> None:
@@ -392,6 +434,16 @@ def test_words_label_their_first_token(tmp_path: Path) -> None:
     assert inputs["attention_mask"].sum(1).tolist() == [7, 3]
     with pytest.raises(InputError, match="1 labels for 2 words"):
         encode(jsonl(tmp_path, {"tokens": ["a", "b"], "labels": [0]}), model)
+
+
+def test_byte_pairs_of_words_have_the_space_before_them(tmp_path: Path) -> None:
+    cls = transformers.GPT2ForTokenClassification
+    model = gpt2(tmp_path, cls, num_labels=2, pad_token_id=0)
+    rows = jsonl(tmp_path, {"tokens": ["the", "cat", "sat"], "labels": [0, 1, 0]})
+    inputs, labels = first_batch(encode(rows, model))
+    text = model.processor("the cat sat")
+    assert inputs["input_ids"].tolist() == [text["input_ids"]]
+    assert (labels != -100).sum() == 3
 
 
 # --- language models ---------------------------------------------------------------------------

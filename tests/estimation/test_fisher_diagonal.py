@@ -334,6 +334,26 @@ def test_large_sums_stay_accurate():
     assert fisher["weight"].item() == pytest.approx(expected, rel=2e-7)
 
 
+class Scaled(nn.Module):
+    """One parameter that is part of no layer, and 2,000 outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x * torch.ones(2000, dtype=x.dtype)
+
+
+def test_large_sums_over_many_outcomes_stay_accurate():
+    # As many additions to the one parameter, of an example's outcomes one by one.
+    x, y = torch.full((50, 1), 1.1), torch.zeros(50, 2000)
+    fisher = fisher_diagonal(Scaled(), cut(x, y, 1), "gaussian")
+    assert fisher.methods["scale"] == "loop"
+    expected = 2000 * torch.tensor(1.1).double().square().item()
+    assert fisher["scale"].item() == pytest.approx(expected, rel=5e-5)
+
+
 def test_float64_sums_on_request():
     x, y = data(3)
     fisher = fisher_diagonal(network(), [(x, y)], "softmax", **F64)
@@ -418,6 +438,46 @@ def test_products_are_those_of_float32_whatever_the_program_has_set():
     assert found.methods == expected.methods
     for name, values in expected.items():
         assert torch.equal(found[name], values)
+
+
+def test_products_are_those_of_float32_inside_autocast():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 60), nn.ReLU(), nn.Linear(60, 5))
+    batch = (torch.randn(40, 70), torch.randint(5, (40,)))
+    expected = fisher_diagonal(model, [batch], "softmax", structure="inputs")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fisher_diagonal(model, [batch], "softmax", structure="inputs")
+        assert torch.is_autocast_enabled("cpu")
+    assert found.methods == expected.methods
+    for name, values in expected.items():
+        assert torch.equal(found[name], values)
+    for name, matrix in expected.factors.items():
+        assert torch.equal(found.factors[name], matrix)
+
+
+class Counts(nn.Module):
+    """Embeds tokens, with gradients that autograd divides by how often a token is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 3, scale_grad_by_freq=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids).sum(1)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_how_often_a_token_is_there_scales_no_gradient(size):
+    torch.manual_seed(0)
+    model, plain = Counts(), Counts()
+    plain.table = nn.Embedding(4, 3)
+    plain.load_state_dict(model.state_dict())
+    ids, labels = torch.tensor([[1, 1, 2], [0, 3, 3], [2, 2, 2]]), torch.tensor([0, 1, 2])
+    found, expected = (
+        fisher_diagonal(m, cut(ids, labels, size), "softmax") for m in (model, plain)
+    )
+    torch.testing.assert_close(found["table.weight"], expected["table.weight"])
+    assert model.table.scale_grad_by_freq
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, InputError])

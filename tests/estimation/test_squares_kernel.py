@@ -214,7 +214,7 @@ def test_a_missing_compiler_leaves_a_line_and_the_plain_path(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     found = measured(model, batches, kernel=True, note=notes.append)
     (note,) = notes
-    why = "no-such-compiler is not there; CC names the compiler"
+    why = "no-such-compiler does not exist: set CC to a C compiler"
     assert note == f"the kernel cannot be used ({why}): continuing without it"
     assert_plain(found, model, batches)
 

@@ -158,6 +158,14 @@ def test_a_search_that_finds_no_end_is_bounded() -> None:
     assert len([t for t in trials if t.steps == STEPS]) == 1
 
 
+def test_whole_runs_that_diverge_are_followed_by_weaker_ones() -> None:
+    failed, good = [diverged(10.0), diverged(3.16)], trial(1.0, 0.9, 0.8)
+    by_limit = partial(more_by_limit, max_forgetting=0.02)
+    assert more_by_mean(failed) == by_limit(failed) == -1
+    assert more_by_mean([good]) == 0
+    assert more_by_limit([*failed, good], max_forgetting=0.02) == -1  # it keeps: weaker ones may
+
+
 def test_large_lambdas_that_diverge_are_passed_over() -> None:
     world = World(100, drift=0.0, breaks=1000)
     trials = by_mean(world)

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -228,6 +229,16 @@ def test_statistics_stay_frozen_unless_told() -> None:
     )
     assert not torch.equal(updated[1].running_mean, before["running_mean"])
     assert not torch.equal(frozen[1].weight, before["weight"])
+
+
+def test_a_batch_of_one_example_is_normalized_by_running_statistics() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    *_, last = run(model, batches([8, 1]), norm_statistics="update")
+    assert math.isfinite(last.loss)
+    assert model[1].num_batches_tracked == 1
+    run(model, batches([8]), norm_statistics="update")
+    assert model[1].num_batches_tracked == 2
 
 
 def test_statistics_that_follow_a_new_task_forget_the_old_one() -> None:
