@@ -10,7 +10,7 @@ from consolidate.api import run as run
 from consolidate.api import show as show
 from consolidate.api import verify as verify
 from consolidate.chain.module_fisher import store_fisher as store_fisher
-from consolidate.chain.modules import load_penalty as load_penalty
+from consolidate.chain.module_penalty import load_penalty as load_penalty
 from consolidate.estimation.estimates import FisherDiagonal as FisherDiagonal
 from consolidate.estimation.fisher_diagonal import fisher_diagonal as fisher_diagonal
 from consolidate.ewc.block_penalty import BlockPenalty as BlockPenalty

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from consolidate.chain.factors import module_factors
 from consolidate.chain.fitted_chain import Chain
 from consolidate.chain.fitted_model import Fitted
-from consolidate.chain.modules import adapter_penalty
+from consolidate.chain.module_penalty import adapter_penalty
 from consolidate.commands.finetune_nats import Forecast, quadratic
 from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.low_rank_penalty import MergedPenalty

@@ -33,7 +33,7 @@ from consolidate.training.loop import (
     seeded,
     training_steps,
 )
-from consolidate.training.replay import Mixture
+from consolidate.training.mixture import Mixture
 from consolidate.training.state import Descent, load_trained, trained_tensors
 from formats.checkpoint import check_finite
 from formats.errors import NonFiniteError, UsageError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from consolidate.commands.upload_rules import named_code, without_local_paths
+from consolidate.commands.push_rules import named_code, without_local_paths
 from consolidate.options import PushOptions
 from consolidate.runtime.devices import dtype_of_name
 from formats.checkpoint import CARD, Checkpoint, open_checkpoint

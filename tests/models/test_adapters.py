@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from consolidate.api import evaluate, finetune, fisher, merge, show, verify
-from consolidate.chain.modules import load_penalty
+from consolidate.chain.module_penalty import load_penalty
 from consolidate.chain.opening import with_base
 from consolidate.data.encoding import encode
 from consolidate.estimation.likelihoods import get_likelihood

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from consolidate.api import finetune, fisher, merge, verify
 from consolidate.chain.module_fisher import store_fisher
-from consolidate.chain.modules import load_penalty
+from consolidate.chain.module_penalty import load_penalty
 from consolidate.data.encoding import encode
 from consolidate.models.loading import load_model
 from consolidate.training.trainer_callback import penalty_callback

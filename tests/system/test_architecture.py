@@ -38,7 +38,7 @@ TESTED_THROUGH = {
     "commands/test_fisher": "commands.fisher_plan commands.measurement"
     " commands.measurement_report commands.pass_cost runtime.devices",
     "chain/test_heads": "chain.fitted_model commands.evaluate commands.task_metrics",
-    "chain/test_modules": "chain.module_fisher",
+    "chain/test_module_penalty": "chain.module_fisher",
     "chain/test_resume": "training.state",
     "commands/test_show": "commands.verify views.summary",
     "commands/test_report": "views.page",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from consolidate.api import fisher
-from consolidate.commands.upload_rules import named_code, without_local_paths
+from consolidate.commands.push_rules import named_code, without_local_paths
 from formats.errors import InputError
 from support.loopback_hub import TOKEN, Hub, run
 

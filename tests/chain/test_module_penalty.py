@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import consolidate
-from consolidate.chain.modules import load_penalty
+from consolidate.chain.module_penalty import load_penalty
 from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.low_rank_penalty import MergedPenalty
 from consolidate.ewc.penalty import Penalty

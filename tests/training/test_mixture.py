@@ -5,7 +5,7 @@ from math import ceil, floor
 import pytest
 
 from consolidate.training.loop import data_order
-from consolidate.training.replay import Mixture
+from consolidate.training.mixture import Mixture
 
 SHARES = [Fraction("0.1"), Fraction(1, 3), Fraction("0.5"), Fraction("0.93"), Fraction("1e-3")]
 
