@@ -270,6 +270,15 @@ def check_values(
         raise InputError(f"{where} has values below 0 on its diagonal; measure it again")
 
 
+def check_fisher_values(stored: StoredFisher) -> None:
+    """Refuse values in a Fisher folder that `check_values` refuses."""
+    for kind, tensors, _ in tensor_sets(stored):
+        for name in tensors:
+            where = f"{tensors.path}: {kind} of {name!r}"
+            symmetric = kind == "factors"
+            check_values(tensors[name], where, not_negative=kind == "fisher", symmetric=symmetric)
+
+
 def _measured(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None, what: str, **checks: bool
 ) -> dict[str, TensorRecord]:

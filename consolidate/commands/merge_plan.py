@@ -16,13 +16,12 @@ from consolidate.chain.fingerprint import checkpoint_content, plain, versions
 from consolidate.chain.fitted_chain import pending_task
 from consolidate.chain.opening import stored_fisher
 from consolidate.commands.merge_blocks import BlockSource, shared_blocks
-from consolidate.commands.verify import check_fisher_values
 from consolidate.models.layout import renamed_factors
 from formats.atomic import unreplaced
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.digest import json_digest
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, StoredFisher
+from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_fisher_values
 from formats.fisher_json import Block, TaskRecord, copies
 from formats.hub import locate
 from formats.tensors import Renamed, TensorFiles, dtype_of, shape_of

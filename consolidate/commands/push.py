@@ -19,7 +19,7 @@ from consolidate.commands.push_repository import (
     open_repository,
     set_tag,
 )
-from consolidate.commands.verify import check_fisher_values, verify
+from consolidate.commands.verify import verify
 from consolidate.options import PushOptions, VerifyOptions
 from consolidate.results import PushResult
 from consolidate.views.card import model_card
@@ -27,7 +27,7 @@ from consolidate.views.card_text import Subject
 from formats.checkpoint import CARD, open_checkpoint
 from formats.digest import set_digest
 from formats.errors import UsageError
-from formats.fisher_folder import check_belongs, check_intact
+from formats.fisher_folder import check_belongs, check_fisher_values, check_intact
 from formats.fisher_json import Ledger
 from formats.hub import FISHER, commits_of, locate
 

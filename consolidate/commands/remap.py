@@ -13,7 +13,6 @@ from consolidate.chain.fingerprint import checkpoint_content, versions
 from consolidate.chain.opening import find_fisher
 from consolidate.chain.output import check_output
 from consolidate.chain.up_to_date import cached, find_output
-from consolidate.commands.verify import check_fisher_values
 from consolidate.models.layout import renamed_factors
 from consolidate.options import RemapOptions
 from consolidate.results import RemapResult
@@ -31,6 +30,7 @@ from formats.errors import InputError
 from formats.fisher_folder import (
     LEDGER_NAME,
     StoredFisher,
+    check_fisher_values,
     check_intact,
     read_fisher,
     write_fisher,

@@ -66,15 +66,6 @@ def verify(options: VerifyOptions) -> VerifyResult:
     return summary
 
 
-def check_fisher_values(stored: StoredFisher) -> None:
-    """Refuse values in a Fisher folder that `check_values` refuses."""
-    for kind, tensors, _ in tensor_sets(stored):
-        for name in tensors:
-            where = f"{tensors.path}: {kind} of {name!r}"
-            symmetric = kind == "factors"
-            check_values(tensors[name], where, not_negative=kind == "fisher", symmetric=symmetric)
-
-
 def _verify_one(
     checkpoint: str | Path, revision: str | None, base_model: str | Path | None
 ) -> tuple[VerifyResult, Ledger]:
