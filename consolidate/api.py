@@ -467,7 +467,7 @@ def finetune(
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
         ForgettingError: An old task lost more than `max_forgetting`; the output is saved as
-            `output_dir` with ``.failed-forgetting`` behind its name. Or only the start keeps
+            `output_dir` with ``.failed-forgetting`` behind its name. Or no α keeps
             `budget`; nothing is written.
     """
     given = locals()

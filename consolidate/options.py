@@ -455,7 +455,7 @@ class Search:
         None,
         "In place of --ewc-lambda: by how many nats the loss per example or token may rise on each "
         "earlier task in --validation. λ is adjusted during the training; if the loss still rises "
-        "more, the weights are interpolated with the start. Exit with code 5 if only the start "
+        "more, the weights are interpolated with the start. Exit with code 5 if none of these "
         "keeps it.",
         above=0,
     )

@@ -66,6 +66,11 @@ class HubRows(Rows):
         names = getattr(getattr(feature, "feature", feature), "names", None)
         return None if names is None else list(names)
 
+    def beside_digest(self) -> dict[str, Any]:
+        """Name the classes, of which the rows have the numbers."""
+        names = {at: names for at in self.columns if (names := self.label_names(at)) is not None}
+        return {"classes": names} if names else {}
+
     def digest(self) -> str:
         """Return the SHA-256 over the rows as JSON lines with sorted keys.
 

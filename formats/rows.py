@@ -41,6 +41,10 @@ class Rows(Sequence[dict[str, Any]]):
         """Return the SHA-256 of the content in hexadecimal; for a file, that of its bytes."""
         return file_digest(self.path)
 
+    def beside_digest(self) -> dict[str, Any]:
+        """Describe what rows mean and their digest does not cover."""
+        return {}
+
     @overload
     def __getitem__(self, i: int) -> dict[str, Any]: ...
     @overload

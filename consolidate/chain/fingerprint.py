@@ -107,9 +107,7 @@ def data_content(spec: str | Path, split: str | None = None) -> dict[str, Any]:
 def rows_content(task_file: TaskFile, rows: Rows) -> dict[str, Any]:
     """Describe opened task data, as `data_content` does."""
     stated = {key: value for key, value in asdict(task_file).items() if key != "data" and value}
-    names = {at: names for at in rows.columns if (names := rows.label_names(at)) is not None}
-    classes = {"classes": names} if names else {}
-    return {"name": rows.name, "digest": rows.digest(), **stated, **classes}
+    return {"name": rows.name, "digest": rows.digest(), **rows.beside_digest(), **stated}
 
 
 def asked(

@@ -32,7 +32,7 @@ from consolidate.commands.finetune_plan import Plan, plan_finetune
 from consolidate.commands.finetune_run import kept_of, log_replay, train
 from consolidate.commands.finetune_search import searched
 from consolidate.commands.finetune_self import as_fisher, fisher_of_itself, without_penalty
-from consolidate.commands.finetune_start import Start, load_start
+from consolidate.commands.finetune_start import Start, load_start, master_dtype
 from consolidate.commands.finetune_weights import UNMOVED
 from consolidate.commands.fisher import measure_alone
 from consolidate.commands.measurement import kept_work, measure_fisher, settled_estimation
@@ -87,7 +87,7 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in weights, loss or Fisher; nothing is written.
         ForgettingError: An old task lost more than `max_forgetting`; the output is saved as
-            `output_dir` with ``.failed-forgetting`` behind its name. Or only the start keeps
+            `output_dir` with ``.failed-forgetting`` behind its name. Or no α keeps
             `budget`; nothing is written.
     """
     check_options(options)
@@ -256,7 +256,7 @@ def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
         data=data,
         task=name,
         output_dir=None,
-        dtype="float32",  # like the master weights of a training
+        dtype=str(master_dtype(opened.source, options)).removeprefix("torch."),
         merging=Merging(),
     )
     folder = measure_alone(asked, opened.source, opened.before, plan.target, cut)

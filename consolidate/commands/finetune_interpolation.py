@@ -106,8 +106,9 @@ class Interpolator:
         if self.plan.method == "fisher":
             self._measure_fisher(work, tensors, saved)
             tensors = {**tensors, **{f"{_FISHER}{n}": f for n, f in self._fisher.items()}}
-        takes_long = alpha is None or self._recipe.norm_statistics == "update"
-        trained = _clones(self._start.model.module) if takes_long else {}
+        module = self._start.model.module
+        measures = self._recipe.norm_statistics == "update" and with_statistics(module)
+        trained = _clones(module) if alpha is None or measures else {}
         kept = {**tensors, **{name: t for name, t in trained.items() if name in tensors}}
         try:
             if alpha is None:
@@ -115,7 +116,7 @@ class Interpolator:
                 with signals.waiting(all_processes() is not None):
                     while (one := self._next()) is not None:
                         self.state["trials"].append(asdict(self._trial(one)))
-                        _put_back(self._start.model.module, trained)
+                        _put_back(module, trained)
                         work.settle()
                         if work.due:
                             work.keep(kept, saved, "interpolation")
@@ -227,7 +228,7 @@ class Interpolator:
         return chosen.alpha
 
     def _over_budget(self, trials: Sequence[Trial]) -> ForgettingError:
-        """Make the error of a run in which only the start keeps the budget."""
+        """Make the error of a run that keeps the budget nowhere on the way."""
         closest = min((t for t in trials if t.metrics is not None), key=lambda t: t.alpha)
         assert closest.metrics is not None
         return ForgettingError(

@@ -29,7 +29,7 @@ from consolidate.models.adapters import load
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import adapt, low_rank_layers
 from consolidate.models.model import Model
-from consolidate.options import REPLAY_SHARE, Columns
+from consolidate.options import REPLAY_SHARE, Columns, FinetuneOptions
 from consolidate.runtime.devices import best_device
 from consolidate.runtime.shards import shard
 from formats.checkpoint import Checkpoint
@@ -195,7 +195,7 @@ def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:
         # Heads that begin alike compete for the same features.
         seed=plan.recipe.seed + len(opened.old_tasks),
         # Master weights: small updates vanish in bf16. Shards are widened one block at a time.
-        dtype=_master_dtype(source, device) if whole else None,
+        dtype=master_dtype(source, options) if whole else None,
         device=device if whole else "cpu",
         freeze=options.parameters.freeze,
         gradient_checkpointing=options.parameters.gradient_checkpointing,
@@ -213,10 +213,14 @@ def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:
     return fitted, load_as
 
 
-def _master_dtype(source: Checkpoint, device: torch.device) -> torch.dtype:
-    """Return the dtype to train in: float32, or float64 where weights are stored in it."""
-    double = any(dtype_of(source.weights, name) == torch.float64 for name in source.weights)
-    return torch.float64 if double and device.type != "mps" else torch.float32
+def master_dtype(source: Checkpoint, options: FinetuneOptions) -> torch.dtype:
+    """Return the dtype to train in: float32, or float64 where all weights are stored in it."""
+    stored = {dtype_of(source.weights, name) for name in source.weights}
+    if {one for one in stored if one.is_floating_point} != {torch.float64}:
+        return torch.float32
+    narrow = options.recipe.mixed_precision != "no"  # autocast leaves float64 as it is
+    narrow |= best_device(options.source.device).type == "mps"
+    return torch.float32 if narrow else torch.float64
 
 
 def _shard(

@@ -124,9 +124,10 @@ class Chats:
 
     def _read(self, i: int, row: dict[str, Any], column: str) -> _Chat:
         where = self.rows.where(i, column)
-        messages, tools = _from_json(row.get(column)), _from_json(row.get("tools"))
+        messages, tools = row.get(column), row.get("tools")
         if self.rows.fills_in:
             messages, tools = _without_nulls(messages), _without_nulls(tools)
+        messages, tools = _from_json(messages), _from_json(tools)
         if fault := _no_list_of_dicts(messages):
             raise InputError(
                 f"{where}: expected a list of messages with role and content, found {fault}"
@@ -278,7 +279,8 @@ def _from_json(value: Any) -> Any:
 def _without_nulls(value: Any) -> Any:
     """Leave out the keys that a table fills in with nulls, as other rows have them."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        kept = {key for key, inner in value.items() if inner is not None or key == "content"}
+        return {key: _without_nulls(inner) for key, inner in value.items() if key in kept}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 

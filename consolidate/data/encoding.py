@@ -110,6 +110,9 @@ class _Counted(Rows):
     def where(self, i: int, column: str | None = None) -> str:
         return self._rows.where(i, column)
 
+    def beside_digest(self) -> dict[str, Any]:
+        return self._rows.beside_digest()
+
     def label_names(self, column: str) -> list[str] | None:
         return self._rows.label_names(column)
 

@@ -25,13 +25,13 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
         count = len(as_numbers(rows[0].get(column), rows.where(0, column)))
         return [str(i) for i in range(count)] if count > 1 else []
     found = label_values(rows, objective, columns)
-    if all(name.isdecimal() for name in found):
+    if _are_classes(found):
         largest = max(map(int, found))
         if largest > 10 * len(found) + 1000:
             where = place_of_label(rows, objective, columns, {str(largest)})
             raise InputError(
                 f"{where}: expected class numbers from 0, of {len(found)} classes, found "
-                f"{shown(largest)}: name the column of the labels, or write them as text"
+                f"{shown(largest)}: name the column of the labels"
             )
         return [str(i) for i in range(largest + 1)]
     return found
@@ -76,7 +76,7 @@ def label_values(
         return [name for i, name in enumerate(stated) if {str(i), name} & found]
     if objective == "multi-label" and found <= {"0", "1"} and len(lengths) == 1:
         return [str(i) for i in range(lengths.pop())]  # rows of K zeros and ones
-    return sorted(found, key=int) if all(n.isdecimal() for n in found) else sorted(found)
+    return sorted(found, key=int if _are_classes(found) else None)
 
 
 def place_of_label(
@@ -108,6 +108,10 @@ def lacking_labels(found: Iterable[str], known: Sequence[str]) -> list[str]:
 
 def _numbers(names: Iterable[str]) -> bool:
     return all(as_integer(name) is not None for name in names)
+
+
+def _are_classes(names: Iterable[str]) -> bool:
+    return all((number := as_integer(name)) is not None and number >= 0 for name in names)
 
 
 def within_int64(rows: Rows, column: str) -> Tensor:
@@ -176,7 +180,7 @@ class Labels:
                 "the checkpoint's labels have no names; the data's classes are used in their "
                 f"order: {', '.join(stated)}"
             )
-        self._names = {*self._by_name, *(stated or ())}
+        self._names = {*self._by_name, *(stated if stated and self._from_data else ())}
 
     def index(self, value: Any, i: int, *, ignorable: bool = False) -> int:
         """Return the class number of a value in row `i`, a number or a name."""
@@ -198,10 +202,9 @@ class Labels:
         numbers = [as_integer(one) for one in values]
         binary = len(values) == self._count and all(n in (0, 1) for n in numbers)
         if binary and len(values) < 3:  # else 0 or 1 is there twice, and this is no list of labels
-            listed = self._stated is not None or any(
-                isinstance(one, str) and one in self._by_name for one in values
-            )
-            binary = not listed
+            counted = list(self._by_name) == [str(i) for i in range(self._count)]
+            named = any(isinstance(one, str) and one in self._by_name for one in values)
+            binary = self._stated is None and (counted or not named)
         if binary:
             return [float(n) for n in numbers if n is not None]
         vector = [0.0] * self._count

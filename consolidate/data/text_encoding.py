@@ -143,7 +143,7 @@ def _words(texts: TokenizedTexts, columns: Columns) -> TextExamples:
             if not all(isinstance(word, str) for word in words):
                 raise InputError(f"{rows.where(i, column)}: expected words, found {words!r:.60}")
             if spaced:
-                words = [*words[:1], *(f" {word}" for word in words[1:])]
+                words = [*words[:1], *(f" {one}" if one.strip() else one for one in words[1:])]
             sentences.append(texts.shortened(words, is_split_into_words=True))
             numbers.append([reader.index(mark, i, ignorable=True) for mark in marks])
         encoded, long = texts.encode(sentences, is_split_into_words=True)

@@ -182,7 +182,7 @@ def padding_token(model: Model) -> int:
     module: Any = model.module
     pads = [getattr(at, "pad_token_id", None) for at in (module.config, model.processor)]
     if model.objective.name == "masked-lm":
-        return int(pads[1] or pads[0] or 0)
+        return int(next((pad for pad in reversed(pads) if pad is not None), 0))
     known = len(module.get_input_embeddings().weight)
     return next((int(pad) for pad in pads if pad is not None and 0 <= pad < known), 0)
 

@@ -8,7 +8,7 @@ yields, and in whether gradients are squared per example or per batch.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -426,6 +426,11 @@ def _numbered(
         first = last
 
 
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available else nullcontext()
+
+
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode with its parameters' gradients off, others' on.
@@ -457,7 +462,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             setattr(owner, name, value)
         with (
             eval_mode(model),
-            torch.autocast(place_of(model).device.type, enabled=False),
+            _without_autocast(place_of(model).device.type),
             _recurrent_in_training_mode(model),
             torch.inference_mode(False),
             torch.enable_grad(),

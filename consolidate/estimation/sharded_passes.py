@@ -35,7 +35,7 @@ class ShardedPass(Pass):
         """
         self._stand_in = self._stand_in or batch
         batch = self._placed(batch)
-        units = self._scores.units(batch.labels)
+        units, self._vectors = self._scores.units(batch.labels), 0
         if self._scores.whole:
             parts, units = [batch], units.sum()[None]
         else:
@@ -49,7 +49,9 @@ class ShardedPass(Pass):
                 f"batch {batch.number}: out of memory; shorten the examples, use a smaller dtype, "
                 "or more processes"
             ) from error
-        self._accumulators().end_batch(traces, units, len(batch), where_in_data(batch), len(parts))
+        self._accumulators().end_batch(
+            traces, units, len(batch), where_in_data(batch), self._vectors
+        )
         if self._accumulators().fold_if_due() and keep is not None:
             keep(PartialPass(self._accumulators().tensors(), None, None))
 
@@ -97,6 +99,7 @@ class ShardedPass(Pass):
         outputs = self._scores.forward(batch)
         own = () if part is None else self._scores.vectors(outputs.detach(), batch)
         for vector in in_step(own, self._group):
+            self._vectors += 1  # in all processes, which so fold their sums together
             if outputs.requires_grad:
                 sent = torch.zeros_like(outputs) if vector is None else vector
                 outputs.backward(sent, retain_graph=True)

@@ -133,9 +133,6 @@ def compare_rows(run: Run, run_alone: Callable[[int], Tensor], doubt: Doubt) -> 
 def _factors(units: Iterable[Unit], outputs: Tensor) -> Tensor:
     """Return the factors that the outputs and the units compute with, in ascending order."""
     dtypes = {p.dtype for unit in units for p in unit.module.parameters()} | {outputs.dtype}
-    kind = outputs.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtypes.add(torch.get_autocast_dtype(kind))
     return torch.tensor((0.0, 1.0) if torch.float16 in dtypes else FACTORS)
 
 

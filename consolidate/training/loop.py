@@ -226,11 +226,10 @@ def training_steps(
         NonFiniteError: The loss or the penalty is not finite; no step is taken on it.
     """
     model.train()
-    norms = []
-    if recipe.norm_statistics == "update":
-        norms = [m for m in with_statistics(model) if not isinstance(m, nn.SyncBatchNorm)]
-    else:
+    if recipe.norm_statistics != "update":
         freeze_statistics(model)
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    norms = [m for m in with_statistics(model) if isinstance(m, kinds) and m.training]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     place, sharded = place_of(model), is_sharded(model)
     scaler = scaler or torch.amp.GradScaler(place.device.type, enabled=False)
@@ -248,8 +247,8 @@ def training_steps(
         for batch in micro_batches if sharded else parts:
             running = batch or stand_in
             assert running is not None
-            _use_own_statistics(norms, len(running[1]) > 1)
-            micro_loss = _loss(model, place, running, likelihood, recipe) / max(units, 1)
+            with _several_values(norms if len(running[1]) == 1 else ()):
+                micro_loss = _loss(model, place, running, likelihood, recipe) / max(units, 1)
             if batch is None:
                 micro_loss = micro_loss * 0
             loss += float(micro_loss.detach())
@@ -282,10 +281,20 @@ def training_steps(
         yield taken
 
 
-def _use_own_statistics(norms: Iterable[nn.Module], own: bool) -> None:
-    """Normalize by a batch's own statistics, or, as one example has no variance, by the running."""
-    for norm in norms:
-        norm.train(own)
+@contextmanager
+def _several_values(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Normalize by running statistics where a channel has one value, which has no variance."""
+
+    def choose(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+        norm.train(given[0].numel() > given[0].shape[1])
+
+    hooks = [norm.register_forward_pre_hook(choose) for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, hook in zip(norms, hooks, strict=True):
+            hook.remove()
+            norm.train()
 
 
 def _loss(

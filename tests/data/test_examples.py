@@ -371,6 +371,20 @@ def test_zeros_and_ones_are_no_names_of_labels(tmp_path: Path) -> None:
     assert first_batch(encode(written, model))[1].tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 1]]
 
 
+@pytest.mark.parametrize(("names", "found"), [("01", [[0, 1], [1, 0]]), ("10", [[1, 1], [1, 1]])])
+def test_two_zeros_and_ones_are_no_names_if_the_names_count(
+    tmp_path: Path, names: str, found: list[list[int]]
+) -> None:
+    model = bert(
+        tmp_path,
+        problem_type="multi_label_classification",
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    rows = csv(tmp_path, 'text,labels\na,"0,1"\nb,"1,0"\n')
+    assert first_batch(encode(rows, model))[1].tolist() == found
+
+
 def test_labels_that_only_look_like_numbers_keep_their_names(tmp_path: Path) -> None:
     rows = csv(tmp_path, "text,label\na,01\nb,02\nc,99\nd,2023_1\ne, 7\n")
     names = label_names(rows, "sequence-classification")
@@ -378,6 +392,8 @@ def test_labels_that_only_look_like_numbers_keep_their_names(tmp_path: Path) -> 
     ids = dict(enumerate(names))
     model = bert(tmp_path, id2label=ids, label2id={name: i for i, name in ids.items()})
     assert first_batch(encode(rows, model))[1].tolist() == [0, 1, 4, 2, 3]
+    assert label_names(csv(tmp_path, "label\n02\n01\n"), "classification") == ["01", "02"]
+    assert label_names(csv(tmp_path, "label\n1\n01\n"), "classification") == ["01", "1"]
 
 
 def test_a_column_of_ids_makes_no_head(tmp_path: Path) -> None:
@@ -396,6 +412,10 @@ def test_a_folder_named_by_a_number_that_is_no_class_is_refused(tmp_path: Path) 
     assert [reader.index(name, 0) for name in ("5", "6")] == [0, 1]
     with pytest.raises(InputError, match="expected one of the model's 2 labels, 5, 6"):
         reader.index("1", 0)
+    (tmp_path / "named").mkdir()
+    model = bert(tmp_path / "named", id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+    reader = Labels(rows, "label", model, 2)  # whose numbers are used unchanged
+    assert reader.index("1", 0) == 1
 
 
 def test_regression(tmp_path: Path) -> None:

@@ -239,6 +239,15 @@ def test_a_batch_of_one_example_is_normalized_by_running_statistics() -> None:
     assert model[1].num_batches_tracked == 1
     run(model, batches([8]), norm_statistics="update")
     assert model[1].num_batches_tracked == 2
+    pictures = nn.Sequential(
+        nn.Unflatten(1, (1, 5)),
+        nn.Conv1d(1, 4, 3),
+        nn.BatchNorm1d(4),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+    run(pictures.double(), batches([1]), norm_statistics="update")
+    assert pictures[2].num_batches_tracked == 1  # three values a channel have a variance
 
 
 def test_statistics_that_follow_a_new_task_forget_the_old_one() -> None:

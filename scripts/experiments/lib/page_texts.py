@@ -340,7 +340,8 @@ levels below and each curve's envelope are made of them.
 
 Means over seeds on test rows; in brackets the number of seeds. Bands are one standard error of the
 old score over seeds. Dotted lines are the levels of the next section. Where a method's limit is
-training without a penalty (λ = 0, all steps, all of the way), its curve ends there, at its rate.
+training without a penalty (λ = 0, all steps, all of the way), its curve ends there, at its rate (in
+the picture only where that learned most).
 Replay of old data and joint training, where they are run, train on data of the old task, which the
 other methods do not: they are references, not rivals. EWC measures its Fisher on such data, unless
 its name says otherwise.

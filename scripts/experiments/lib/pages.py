@@ -97,7 +97,8 @@ def sorted_out(name: str, records: Sequence[Record], units: Units) -> Setting:
             else:
                 points = [(record, 1.0) for record in some]
             rate = some[0].unit.settings["rate"]
-            free = [] if method in ENDLESS else found["free"].get(seed, [])
+            lasts = not (method in ENDLESS or by_seed.keys() - found["free"].keys())
+            free = found["free"][seed] if lasts else []
             ends = [(one, 1.0) for one in free if one.unit.settings["rate"] == rate]
             curves[method][seed] = _curve([*points, *ends], rows)._replace(ended=bool(ends))
     for method in EVERYWHERE:

@@ -434,7 +434,7 @@ class Run:
                 actions = chance.integers(self.view.actions, size=count)
             else:
                 if self.recognised is not None:
-                    seen = [*seen[1 - window :], pixels_of(copies.frames, settings.view)]
+                    seen = [*seen, pixels_of(copies.frames, settings.view)][-window:]
                     if step < window or (step + 1) % window == 0:
                         self.agent.network.enter(torch.from_numpy(self._best(seen)))
                 actions = self.agent.best(copies.states)
