@@ -189,6 +189,7 @@ def test_saved_datasets(tmp_path):
     assert rows.where(2, "text") == "whole, row 3, column 'text'"
     assert rows.label_names("label") == ["no", "yes"]
     assert rows.label_names("text") is None
+    assert rows.beside_digest() == {"classes": {"label": ["no", "yes"]}}
     assert len(open_data(tmp_path / "one")) == 10
     with pytest.raises(InputError, match="set split to one of: train, test"):
         open_data(tmp_path / "whole")

@@ -66,6 +66,16 @@ def test_images_and_class_names_as_datasets_writes_them(tmp_path):
     assert rows.label_names("image") is None
 
 
+def test_files_that_number_their_classes_differently_are_refused(tmp_path):
+    for file, names in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
+        features = datasets.Features({"label": datasets.ClassLabel(names=names)})
+        rows = datasets.Dataset.from_dict({"label": [0, 1]}, features=features)
+        rows.to_parquet(tmp_path / "data" / f"{file}.parquet")
+    rows = open_data(tmp_path / "data")
+    with pytest.raises(InputError, match="found cat, dog in a.parquet and dog, cat in b.parquet"):
+        rows.label_names("label")
+
+
 def test_a_damaged_image_is_named(tmp_path):
     path = tmp_path / "x.parquet"
     images = [{"bytes": b"no image", "path": "a.png"}]
