@@ -72,7 +72,7 @@ def test_files_that_number_their_classes_differently_are_refused(tmp_path):
         rows = datasets.Dataset.from_dict({"label": [0, 1]}, features=features)
         rows.to_parquet(tmp_path / "data" / f"{file}.parquet")
     rows = open_data(tmp_path / "data")
-    with pytest.raises(InputError, match=r"found cat, dog in a\.parquet and dog, cat in b\.parquet"):
+    with pytest.raises(InputError, match=r"found cat, dog in a\.parquet and dog, cat in b"):
         rows.label_names("label")
 
 
