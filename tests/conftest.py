@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def hub() -> Iterator[loopback_hub.Hub]:
     """An empty Hub on loopback."""
     with loopback_hub.running() as hub:
         yield hub
+
+
+_OF_OTHERS = ("HF_", "TRANSFORMERS_", "CONSOLIDATE_", "MLFLOW_", "WANDB_", "GIT_", "MASTER_")
+_PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+def pytest_configure() -> None:
+    """Leave the caller's settings out: tokens, caches, proxies, another repository of git."""
+    for name in set(os.environ) - {"CONSOLIDATE_TEST_DEVICE"}:
+        if name.startswith(_OF_OTHERS) or name.upper() in _PROCESS:
+            del os.environ[name]
 
 
 def pytest_collection_finish() -> None:

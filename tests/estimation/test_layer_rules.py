@@ -603,6 +603,7 @@ def test_an_error_in_adding_squares_is_of_its_own_layer_only(monkeypatch):
     notes: list[str] = []
     found = fisher_diagonal(model, batches, "softmax", note=notes.append)
     assert found.methods == all_by("rule", model) | {"0.weight": "module"}
+    assert notes
     assert all(note.startswith("by rule, the gradients of 0 cannot be computed") for note in notes)
 
 

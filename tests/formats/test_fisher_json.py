@@ -587,7 +587,7 @@ def test_tokens_that_are_not_json_are_refused(token: str) -> None:
 @pytest.mark.parametrize("token", ["1e999", "9" * 400, "9" * 5000])
 def test_numbers_that_overflow_are_refused(token: str) -> None:
     text = ledger_bytes(ledger()).decode().replace('"gamma": 1.0', f'"gamma": {token}')
-    with pytest.raises(ConsolidateError, match="x") as caught:
+    with pytest.raises(ConsolidateError, match=r"^x\b") as caught:
         parse_ledger(text.encode(), "x")
     assert caught.value.exit_code in (3, 4)
     assert len(str(caught.value)) < 300

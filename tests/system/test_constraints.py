@@ -1,6 +1,7 @@
 """constraints.txt: what was tested fits what pyproject.toml asks for, and is what is installed."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ case "$*" in
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m pip list "*) printf 'torch==2.13.0+cpu\\nclick==8.5.1\\n' ;;
     "-m pip "*) echo "$*" >> pip.log ;;
-    "- "*) exec {sys.executable} "$@" ;;
+    "- "*) exec {shlex.quote(sys.executable)} "$@" ;;
 esac
 """
 

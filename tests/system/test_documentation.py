@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scripts import write_docs
 from support import in_process, loopback_hub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,6 +229,4 @@ def test_the_readme_is_short_and_narrow_as_are_the_pages_beside_it() -> None:
 
 
 def test_the_page_of_the_command_line_is_current() -> None:
-    command = [sys.executable, ROOT / "scripts" / "write_docs.py", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert write_docs.run(["--check"]) == 0

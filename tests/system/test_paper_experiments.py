@@ -286,6 +286,7 @@ def test_a_plan_that_is_not_read_to_its_end_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr is not None
         assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 @pytest.mark.slow
@@ -331,6 +332,7 @@ def test_the_pages_are_those_of_the_records(tmp_path: Path) -> None:
         shutil.copy(file, folder)
     sittings.write_pages(paper.EXPERIMENTS, folder, quick=False, table=paper.write_table)
     found = [path for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv")]
+    assert len(found) > len(paper.EXPERIMENTS)
     for path in found:
         kept = RESULTS / path.relative_to(tmp_path)
         assert path.read_text("utf-8") == kept.read_text("utf-8"), (

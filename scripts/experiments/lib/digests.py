@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -79,6 +78,7 @@ class _Meaning(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+@cache
 def meaning(source: str) -> str:
     """Return the syntax tree of a source as text, without what does not change a result."""
     return _written(_Meaning().visit(ast.parse(source)))
@@ -136,12 +136,15 @@ def _files(names: tuple[str, ...], root: Path) -> set[str]:
     return found
 
 
-def _imports(source: str) -> Iterator[str]:
-    """Yield the modules that a source imports from, or may."""
+@cache
+def _imports(source: str) -> tuple[str, ...]:
+    """List the modules that a source imports from, or may."""
+    found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+            found.append(node.module)
             if node.module.startswith(("scripts.", "consolidate.")):  # of a package, its modules
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+                found += (f"{node.module}.{alias.name}" for alias in node.names)
+    return tuple(found)

@@ -152,7 +152,7 @@ SETTINGS = (
         {"no penalty": "19.9", "EWC, online": "20"},
         {
             "no penalty": "about chance between tasks",
-            "EWC, online": "EWC does not solve this, here or anywhere: about chance between tasks",
+            "EWC, online": "EWC does not solve this: about chance between tasks",
         },
     ),
     Setting(

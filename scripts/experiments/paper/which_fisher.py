@@ -67,11 +67,13 @@ task against λ:
 The trace is that of the first task. Near the best λ the curves are flat, and which of their points
 is the best is chance; at the largest λ accuracy is {low:.1f} to {high:.1f} points lower. The λ that
 is enough is the least that comes within half a point of the best, interpolated: what a user has to
-find. A batch size that changes the trace by a factor makes λ mean
-something else by that factor. `exact`, `mc` and `empirical` do not depend on it at all: their two
-Fishers are equal but for rounding, and what training makes of that is how far the curves differ by
-chance. `batched` depends on it by chance only, its noise grows with the batch; the squared batch
-gradient shrinks with the batch and takes λ along.
+find. A batch size that changes the trace by a factor makes λ mean something else by that factor.
+`exact`, `mc` and `empirical` do not depend on it at all: their two Fishers are equal but for
+rounding, and what training makes of that is how far the curves differ by chance. `batched` depends
+on it by chance only, its noise grows with the batch; the squared batch gradient shrinks with the
+batch and takes λ along. The curves of single seeds differ more: the least and the largest λ that is
+enough stand beside it. Grids are decades, and pairs of digits the same for all seeds (0 and 1, 2
+and 3, …).
 """
 
 
@@ -129,8 +131,8 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
     """Draw accuracy against λ, and say how far the best λ moves with the batch."""
     rows, falls = [], []
     table = [
-        "| | batch | trace | best λ | accuracy there | λ that is enough |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| | batch | trace | best λ | accuracy there | λ that is enough | by seed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     figure, axes = panels(len(ESTIMATORS), width=3, sharey=True)
     sizes = sorted({record.unit.settings["fisher_batch"] for record in records}) or list(BATCHES)
@@ -163,7 +165,8 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             bests.append((enough, values[best].value))
             table.append(
                 f"| {estimator} | {size} | {traces[-1]:.3g} | {strengths[best]:g} | "
-                f"{values[best].value:.2%} ± {100 * errors[best]:.2f} | {_two_digits(enough)} |"
+                f"{values[best].value:.2%} ± {100 * errors[best]:.2f} | {_two_digits(enough)} | "
+                f"{_by_seed(found, strengths)} |"
             )
         axis.set_title(estimator, fontsize="small")
         axis.set_xscale("log")
@@ -219,6 +222,20 @@ def _enough(strengths: Sequence[float], accuracies: Sequence[float]) -> float:
     low, high = accuracies[first - 1 : first + 1]
     ratio = strengths[first] / strengths[first - 1]
     return float(strengths[first - 1] * ratio ** ((level - low) / (high - low)))
+
+
+def _by_seed(records: Sequence[Record], strengths: Sequence[float]) -> str:
+    """Write the least and the largest λ that is enough for a seed."""
+    found = []
+    for seed in sorted({record.unit.seed for record in records}):
+        own = {
+            record.unit.settings["ewc_lambda"]: record.figures["accuracy"]
+            for record in records
+            if record.unit.seed == seed
+        }
+        if own.keys() == set(strengths):
+            found.append(_enough(strengths, [own[strength] for strength in strengths]))
+    return f"{_two_digits(min(found))} to {_two_digits(max(found))}" if found else "–"
 
 
 def _two_digits(value: float) -> str:
