@@ -362,8 +362,8 @@ def finetune(
             not with `budget`.
         budget: In place of `ewc_lambda`: by how many nats the loss per example or token may rise on
             each earlier task in `validation`. λ is adjusted during the training; if the loss still
-            rises more, the weights are interpolated with the start. Exit with code 5 if only the
-            start keeps it.
+            rises more, the weights are interpolated with the start. Exit with code 5 if none of
+            these keeps it.
         validation: Held-out data of earlier tasks and of the new one, to choose λ or α on.
             (default: a tenth of the new task's data)
         select: Which λ to take. best-mean: the one with the best mean score; smallest: the smallest
