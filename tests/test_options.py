@@ -146,7 +146,7 @@ def test_flat_keywords_become_records() -> None:
         ({"checkpoint": None}, "checkpoint None: expected a string"),
         (
             {"save_every_minutes": float("nan")},
-            "--save-every-minutes nan: expected a finite number from 0",
+            "--save-every-minutes nan: expected a number from 0",
         ),
         ({"gamma": 1.5}, "--gamma 1.5: expected a number from 0 to 1"),
         ({"momentum": 1.0}, "--momentum 1.0: expected a number from 0 to below 1"),

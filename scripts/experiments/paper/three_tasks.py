@@ -78,7 +78,7 @@ tasks, and λ of L2 does not. Test accuracy on each task while A, B and C are le
 {table}
 
 What the paper's plot shows, and whether it holds here; a task is kept where its accuracy is within
-{near:g} points of the best of the three beside it. The paper has no such bar, and {bars}:
+{near:g} points of that of the best of the three methods. The paper has no such bar, and {bars}:
 
 {claims}
 
@@ -140,7 +140,7 @@ def measure(unit: Unit) -> Figures:
 def report(records: Sequence[Record], folder: Path) -> Findings:
     """Draw the curves, and write the accuracies after the last task."""
     done = {title: chosen(records, method=title) for title in PENALTIES.values()}
-    reason = f"kept: within {100 * NEAR:g} points of the best of the three"
+    reason = f"kept: within {100 * NEAR:g} points of the best of the three methods"
     reasons = {"L2": f"{reason}; here λ is the best for the mean of all three, theirs is unknown"}
     rows, claims = [], []
     lasts = {title: _last(found) for title, found in done.items() if found}
