@@ -17,6 +17,9 @@ from formats.errors import InputError
 from formats.rows import Rows
 from formats.wording import few, shown
 
+LABELS_OF_IDS = 20
+"""So many rows without any label twice have no classes."""
+
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
     """Name the labels of a new head: by the data's names, or sorted, or 0 to the largest."""
@@ -25,6 +28,13 @@ def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> l
         count = len(as_numbers(rows[0].get(column), rows.where(0, column)))
         return [str(i) for i in range(count)] if count > 1 else []
     found = label_values(rows, objective, columns)
+    one_each = objective not in ("multi-label", "token-classification")
+    if one_each and len(found) == len(rows) >= LABELS_OF_IDS:
+        where = place_of_label(rows, objective, columns, {found[0]})
+        raise InputError(
+            f"{where}: expected classes, found another label in each of {len(rows)} rows, as in a "
+            "column of ids: name the column of the labels"
+        )
     if _are_classes(found):
         largest = max(map(int, found))
         if largest > 10 * len(found) + 1000:
@@ -173,6 +183,8 @@ class Labels:
         elif self._by_name and _numbers(self._by_name):
             self._from_data = {int(name): i for name, i in self._by_name.items()}
             self._all_named = True
+        elif any(_PADDED.fullmatch(name) for name in self._by_name):
+            self._all_named = True  # 1 may be 01, whose zero a program has dropped
         elif stated is not None and len(stated) == count:
             # Classes in the data's order, as every loader of image folders numbers them.
             self._by_name = {name: i for i, name in enumerate(stated)}
@@ -241,6 +253,7 @@ class Labels:
         )
 
 
+_PADDED = re.compile(r"0[0-9]+", re.ASCII)
 _INTEGER = re.compile(r"\s*(0|-?[1-9][0-9]{0,400})\s*", re.ASCII)
 
 

@@ -393,6 +393,8 @@ def test_labels_that_only_look_like_numbers_keep_their_names(tmp_path: Path) -> 
     model = bert(tmp_path, id2label=ids, label2id={name: i for i, name in ids.items()})
     assert first_batch(encode(rows, model))[1].tolist() == [0, 1, 4, 2, 3]
     assert label_names(csv(tmp_path, "label\n02\n01\n"), "classification") == ["01", "02"]
+    with pytest.raises(InputError, match=r"one of the model's 5 labels, 01, .*, found '1'"):
+        encode(csv(tmp_path, "text,label\na,1\n"), model)
     assert label_names(csv(tmp_path, "label\n1\n01\n"), "classification") == ["01", "1"]
 
 
@@ -400,6 +402,11 @@ def test_a_column_of_ids_makes_no_head(tmp_path: Path) -> None:
     rows = csv(tmp_path, "text,label\na,3\nb,4000000000\n")
     with pytest.raises(InputError, match=r"row 2 .*from 0, of 2 classes, found 4000000000"):
         label_names(rows, "sequence-classification")
+    rows = csv(tmp_path, "label\n" + "".join(f"id-{i}\n" for i in range(20)))
+    with pytest.raises(InputError, match="another label in each of 20 rows, as in a column of ids"):
+        label_names(rows, "sequence-classification")
+    rows = csv(tmp_path, "label\nid-0\n" + "".join(f"id-{i}\n" for i in range(20)))
+    assert len(label_names(rows, "sequence-classification")) == 20
 
 
 def test_a_folder_named_by_a_number_that_is_no_class_is_refused(tmp_path: Path) -> None:
