@@ -18,7 +18,7 @@ from formats.rows import Rows
 from formats.wording import few, shown
 
 LABELS_OF_IDS = 20
-"""So many rows without any label twice have no classes."""
+"""At least as many rows, no two with the same label, have no classes."""
 
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
