@@ -6,6 +6,9 @@ import pytest
 import consolidate.commands.finetune
 from consolidate.api import finetune, verify
 from consolidate.chain.output import failed_folder
+from consolidate.commands.finetune_plan import plan_finetune
+from consolidate.fields import gather
+from consolidate.options import FinetuneOptions
 from consolidate.training.forgetting import beyond, forgetting
 from formats.errors import ForgettingError, InputError, UsageError
 from support.checkpoints import Write
@@ -114,3 +117,14 @@ def test_the_command_leaves_with_5_and_prints_what_it_did(
         assert f"error: {told['error']}" in err
         assert told["error"].startswith("forgot too much: a lost")
         assert "Traceback" not in err
+
+
+def test_a_benchmark_is_measured_beside_the_old_task_and_not_in_its_place(
+    learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "bench.yaml").write_text("task: bench\n")
+    given = {"checkpoint": learned, "data": write_task("b", seed=1), "output_dir": tmp_path / "out"}
+    given |= {"ewc_lambda": "auto", "max_forgetting": 0.1, **FAST}
+    given |= {"validation": {"a": write_task("held")}}
+    given |= {"evaluate": {"bench": f"lm-eval:{tmp_path / 'bench.yaml'}"}}
+    assert plan_finetune(gather(FinetuneOptions, given)).evaluate.keys() == {"a", "bench"}

@@ -817,6 +817,12 @@ def test_class_numbers_are_checked(labels: Any, message: str, own: Any, tmp_path
         encode(tensors(tmp_path, inputs=torch.rand(3, 6), labels=labels), own())
 
 
+def test_a_null_among_inputs_is_named_by_its_row(own: Any, tmp_path: Path) -> None:
+    rows = [{"inputs": [1.0, value], "label": 0} for value in (2.0, None)]
+    with pytest.raises(InputError, match=r"row 2 .*'inputs': expected numbers, found"):
+        encode(jsonl(tmp_path, *rows), own())
+
+
 def test_numbers_where_classes_are_expected(own: Any, tmp_path: Path) -> None:
     where, hint = (
         r"row {}( \(line \d\))?, column 'label'",

@@ -123,6 +123,14 @@ def test_folders_without_data_are_refused(tmp_path):
         open_data(tmp_path)
 
 
+def test_a_split_is_found_as_the_refusal_names_it(tmp_path):
+    for number, name in enumerate(("Train", "Test")):
+        lines(tmp_path / f"{name}.jsonl", {"a": number})
+    with pytest.raises(InputError, match="set split to one of: test, train"):
+        open_data(tmp_path)
+    assert [row["a"] for row in open_data(tmp_path, split="train")] == [0]
+
+
 def test_splits_of_a_folder_are_never_mixed(tmp_path):
     lines(tmp_path / "train-00000-of-00002.jsonl", {"a": 1})
     lines(tmp_path / "train-00001-of-00002.jsonl", {"a": 2})
