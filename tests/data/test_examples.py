@@ -600,6 +600,18 @@ def test_shares_of_masks(tmp_path: Path) -> None:
     assert float(kept.float().mean()) == pytest.approx(0.1, abs=0.03)
 
 
+def test_tokens_outside_the_embedding_never_replace_others(tmp_path: Path) -> None:
+    model = bert(tmp_path, "MaskedLM")
+    embedded = len(model.module.get_input_embeddings().weight)
+    model.processor.add_tokens([f"new{i}" for i in range(1000)])
+    rows = jsonl(tmp_path, *({"text": "the cat sat on the mat " * (i + 1)} for i in range(6)))
+    examples = encode(rows, model)
+    for epoch in range(20):
+        inputs, labels = examples.collate(range(6), epoch)
+        assert int(inputs["input_ids"].max()) < embedded
+        assert int(labels.max()) < embedded
+
+
 def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
     rows = jsonl(tmp_path, {"text": "the cat sat", "label": 1, "chat": [], "say": "x", "more": "y"})
     rewriting = Columns(text="text", prompt="say", completion="more", target="text", label="label")

@@ -1,12 +1,11 @@
 """The page of the games: scores over time, what was recognised, what the Fisher knows."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scripts.experiments.lib.common import markdown
 from scripts.experiments.lib.pictures import COLOURS, error_bars, panels, save_picture, write_csv
@@ -20,15 +19,37 @@ from scripts.experiments.paper.games.environments import (
     REPEATS,
 )
 from scripts.experiments.paper.games.environments import VIEWS as SEEN
+from scripts.experiments.paper.games.games_scores import (
+    CEILING,
+    LEAST,
+    METHODS,
+    TITLES,
+    Looks,
+    after_as_many_steps,
+    ceiling,
+    claims,
+    counted,
+    kept,
+    known_again,
+    lasts,
+    learned,
+    references,
+    returns,
+    scores,
+    scores_of,
+    single_return,
+    singles,
+    sums,
+    verdict,
+    views,
+)
 from scripts.experiments.paper.games.protocol import (
     EWC,
-    HEADS,
     JOINT,
     L2,
     NONE,
     RECOGNISED,
     SEARCH,
-    SHARED,
     SINGLE,
     Settings,
     from_record,
@@ -37,43 +58,52 @@ from scripts.experiments.paper.weight_noise import SHAPED, UNIFORM
 
 REACHED = 20_000_000
 """Frames of a game after which the published EWC is on, four to a step: as far as published."""
-METHODS = (JOINT, NONE, L2, EWC, RECOGNISED, SHARED, HEADS)
 COLOUR = dict(zip(METHODS, ("#666666", *COLOURS), strict=False))
-LEAST = 3  # times random, and a point above: a single agent below has not learned its game
-NEARLY = 0.95  # of the sum with true labels: as much as them
-TITLES = {CHANNELS: "ten channels", OCCUPIED: "occupied or not", GREY: "grey, 84 × 84"}
-Looks = NDArray[np.float64]
 TEXT = """
 {s[games]} games in sequence, {s[visits]} visits to each in a random order, {s[stretch]:,} steps a
-visit on average ({low:,} to {high:,}); all methods see the same stretches. Double DQN sees one
-screen, or the last four where cells are only occupied or not: {network}. All games share the
-weights; each has its own gains and biases in every layer, its own replay buffer of {s[capacity]:,}
-steps and its own ε, which falls from 1 to {s[epsilon]:g} in its first {s[epsilon_steps]:,} steps.
-{s[copies]} copies of a game step together, and one minibatch of {s[batch_size]} is learned for
-{s[copies]} steps. Adam at {s[learning_rate]:g}, γ {s[discount]:g}, rewards clipped to ±1, target
-network copied every {s[target_updates]} updates. Where cells are only occupied or not, the gold and
-the enemies of asterix look alike.
+visit on average ({low:,} to {high:,}); all methods but joint training see the same stretches.
+Double DQN sees one screen: {network}. All games share the weights; each has its own gains and
+biases in every layer, its own replay buffer of {s[capacity]:,} steps, learned from while it is
+played, and its own ε, which falls from 1 to {s[epsilon]:g} in its first {s[epsilon_steps]:,} steps.
+All methods have these, also no protection; all but the recogniser's are told the game, also when
+they are scored. {s[copies]} copies of a game step together, and one minibatch of {s[batch_size]} is
+learned for {s[copies]} steps. Adam at {s[learning_rate]:g}, γ {s[discount]:g}, rewards clipped to
+±1, target network copied every {s[target_updates]} updates; Adam's moments and the target network
+go on from game to game.{occupied}
 
-A game's score is (return − random) / (single − random), clipped to 0 … 1, where single is an agent
-that plays this game alone for as many steps (mean of its last three looks and of the seeds). A
-return is the mean of {s[look_copies]} episodes of at most {s[look_steps]} steps, without random
-actions. Scores are clipped at each look, which raises those near random and lowers those near
-single, by all methods. Seeds that are done: {done} of {seeds}; a claim holds here above two
-standard errors over them, which is lenient with three.
+A game's score is (return − random) / (single − random), clipped to 0 … 1 at each look, where single
+is an agent that plays this game alone for {alone:,} steps, mean over the last third of its looks
+and over seeds. A return is the mean of {s[look_copies]} episodes of at most {s[look_steps]} steps,
+without random actions. Clipping lifts scores near random and lowers those near single, which makes
+gaps between methods narrower.
 
 ![Sum of scores over training]({name}.png)
 
 {table}
 
-The figures are sums over {counted} games; the last third is the mean of all looks in
-it.{ratios}{apart}
+Sums over {counted}, by the same measure {single} for the agents that play one game alone; the last
+third is the mean of all looks in it.{apart} ± and the bands are the standard error over seeds,
+which leaves out that of the single agents.{missing}
+
+{claims}
+
+A claim holds, or does not, where the gap is two standard errors above, or below, 0 over all {seeds}
+seeds{chance}. The ratio is that of the sums of the last third, the gap that of one seed minus what
+is claimed. Twice no protection and {ceiling:.0%} of the single agents are this repository's marks,
+not the paper's.
 
 ![Score of each game over training, its visits shaded]({name}-each.png)
 
-Curves and visits of the first seed. The returns of agents that play one game alone, and of random
-actions:
+Curves and visits of the first seed. Returns over the last third, and those of a single agent at as
+many steps of a game as a row has had of it by then:
 
-{singles}
+{returns}
+
+Forgetting by itself: the mean score of the game that is played and of all that are away, over the
+last third; and over the whole training the score at the last look of a visit, and at the last look
+before the game's next visit:
+
+{kept}
 
 ## Protection
 
@@ -81,16 +111,20 @@ At each switch the Fisher of the game that was left is measured on {s[fisher_bat
 of {s[fisher_states]} states of its buffer, in place of what an earlier visit had measured; the
 penalty is the sum over all other games, merged by the rule separate. A game's own gains and biases
 are outside both. L2 is the same with a Fisher of 1. DQN has no likelihood: `gaussian` takes all Q
-values as means of variance 1, `softmax` takes Q/τ as logits, τ = {s[temperature]:g}. λ and the
-likelihood are those with the best mean score over the second half of a run of {searched}, one seed
-that is not a row's ({cost:.1f} hours of processor time in all); the game that is not played counts
-four times, since four of five are not played in the rows. They are fixed for all rows, also for
-those with other heads, gains or frames:
+values as means of variance 1, `softmax` takes Q/τ as logits, τ = {s[temperature]:g}. The loss is
+Huber's, of the action that was taken, and the penalty's gradient passes through Adam: so λ = 1 is
+not a scale of its own. λ and the likelihood are those with the best mean score over the second half
+of a run of {searched}, one seed that is not a row's ({cost:.1f} hours of processor time in all),
+against the last three looks of the first seed's single agents; the game that is not played counts
+four times, since four of five are not played in the rows. The penalty is over one other game there,
+over all others in the rows. One seed does not tell neighbouring strengths apart. They are fixed for
+all rows, also for those with other heads, gains or frames:
 
 {search}
 
 Other than published: the penalty holds from the first switch, not after 20 million frames; Adam
-takes the place of RMSProp; a run has {s[visits]} visits of each game.
+takes the place of RMSProp; a run has {s[visits]} visits of each game; scores are in units of a
+single agent, not of a human.
 
 {overlap}
 
@@ -100,6 +134,8 @@ takes the place of RMSProp; a run has {s[visits]} visits of each game.
 
 {atari}
 """
+OCCUPIED_TEXT = """ Where cells are only occupied or not, it sees the last four screens,
+in which the gold and the enemies of asterix look alike."""
 OVERLAP = """
 ## Overlap of the games' Fishers
 
@@ -110,20 +146,25 @@ After the last visit, mean over all pairs of games and seeds: {overlaps}.
 RECOGNITION = """
 ## Recognising the game
 
-The recogniser sees one copy, every fourth step. In each context each pixel has a Dirichlet prior
-that weighs as much as {prior:g} frames. Its mean is how often each value is seen, whatever the
-pixel; the hold-out has this prior alone. (The published hold-out is uniform. It would never win
-here, where few cells are occupied.) The paper's windows have 4 frames. Here a window of {window} is
-one frame to the recogniser, of all cells that were occupied in it: in single frames, scripted play
-of one game was split into many contexts. Windows of 4 are measured beside it, as are the other
-frames, on the same play. Prior and window were chosen on scripted play of all games, before any
-run. To measure a score, each episode takes the context that its last {window} frames fit best, or
-those so far. Purity is the share of time in which the game is the one that its context has seen
-most. A switch is found if the context changes before the next one, with a delay to that change; all
-other changes are false alarms. The baseline takes the highest channel in use as the context. Means
-over seeds:
+The recogniser sees every frame of one of the {copies} copies. In each context each pixel has a
+Dirichlet prior that weighs as much as {prior:g} frames. Its mean is how often each value is seen,
+whatever the pixel; the hold-out has this prior alone. (The published hold-out is uniform. It would
+never win here, where few cells are occupied.) The paper's windows have 4 frames. Here a window of
+{window} is one frame to the recogniser, of all cells that were occupied in it: in single frames,
+scripted play of one game was split into many contexts. Windows of 4 are measured beside it, as are
+the other frames, on the same play. Prior and window were chosen on scripted play of all games,
+before any run. To measure a score, each episode takes the context that its last {window} frames fit
+best, or those so far. A context is remembered once it has had {least:,} steps; a new one begins
+with ε = 1 and an empty buffer. Purity is the share of time in which the game is the one that its
+context has seen most. A switch is found if the context changes before the next one, with a delay to
+that change, in steps of all copies; all other changes are false alarms, which is what tells against
+a context that changes all the time. The baseline takes the highest channel in use as the context.
+Means over seeds:
 
 {table}
+
+Of the visits to games that were known, {again} were for the most part in the context of the first
+visit.
 
 ![Recognised context over time]({name}-contexts.png)
 """
@@ -135,9 +176,12 @@ NOISE = """
 Noise on the shared weights of agents that play one game alone, uniform or with a variance in
 proportion to 1/(F + ε) as for [MNIST](weight-noise.md), F by the likelihood `gaussian`; size is the
 root mean square over weights. Noise in the null space is [on MNIST](weight-noise.md) alone.
-Mean score over seeds, then over all games that are learned:
+Mean score over seeds, then over the {count} games that are learned (bars: standard error over
+them); 0 is the last look before the noise:
 
 {table}
+
+Shaped noise may go to weights of channels that a game does not use.
 """
 MACHINE = """
 ## Atari
@@ -149,57 +193,81 @@ and seed on one such core; the buffers of {games} games hold {memory:.1f} GB.
 """
 
 
-def report(records: Sequence[Record], folder: Path, *, name: str, seeds: int) -> Findings:
-    """Draw all figures, and write the tables."""
-    rows = _rows(records, name, seeds)
+def report(
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    name: str,
+    seeds: int,
+    planned: Mapping[str, Sequence[str]],
+) -> Findings:
+    """Draw all figures, and write the tables.
+
+    Args:
+        records: Of one suite's games, and of Atari's machinery.
+        folder: Of the pictures.
+        name: Of the page.
+        seeds: How many are planned.
+        planned: The rows of each view.
+    """
+    main = [r for r in records if not _is_machinery(r, name)]
+    rows = _rows(main, name, seeds)
     played = [r for r in records if r.unit.method != SEARCH]
     if not played:
         return Findings("", rows)
-    main = [r for r in played if r.unit.settings["suite"] != ATARI or name != "games"]
-    text = "\n\n".join(_atari(r) for r in played if r.unit.settings["suite"] == ATARI)
+    text = "\n\n".join(_atari(r) for r in played if _is_machinery(r, name))
     write_csv(folder, name, ["frames", "method", "seed", "step", "game", "return"], _lines(main))
     _draw_sums(main, folder, name)
-    if chosen(main, method=SINGLE) and any(r.unit.method in METHODS for r in main):
-        text = _whole(records, main, folder, name, seeds, text)
+    if views(main):
+        text = _whole(main, folder, name, seeds, planned, text)
     return Findings("\n\n".join(part for part in text.split("\n\n") if part.strip()), rows)
 
 
+def _is_machinery(record: Record, name: str) -> bool:
+    """Return whether a record is of the short run of Atari on MinAtar's page."""
+    return name == "games" and record.unit.settings["suite"] == ATARI
+
+
 def _whole(
-    records: Sequence[Record], main: Sequence[Record], folder: Path, name: str, seeds: int, end: str
+    main: Sequence[Record],
+    folder: Path,
+    name: str,
+    seeds: int,
+    planned: Mapping[str, Sequence[str]],
+    end: str,
 ) -> str:
     rows = [r for r in main if r.unit.method in METHODS]
     settings = from_record(rows[0].unit.settings)
     lengths = [steps for r in rows for _, steps in r.figures["stretches"]]
     _draw_each(main, folder, name)
-    apart = {view: _apart(main, view) for view in _views(main)}
-    said = "; ".join(f"{', '.join(some)} ({TITLES[v]})" for v, some in apart.items() if some)
     network = ", ".join(
         [f"a convolution of {n} channels, {k} × {k}" for n, k, _ in settings.convolutions]
         + [f"a hidden layer of {settings.hidden}"]
     )
-    searches = chosen(records, method=SEARCH)
-    hours = sum(r.processor_seconds or r.seconds for r in searches) / 3600
-    apart_text = (
-        f" Apart, since a single agent stays under {LEAST} times random or one point above it: "
-        f"{said}."
-    )
+    searches = chosen(main, method=SEARCH)
     return TEXT.format(
         s={**vars(settings), **vars(settings.learning), "games": len(settings.games)},
         low=min(lengths),
         high=max(lengths),
         network=network,
-        done=len({r.unit.seed for r in rows}),
+        occupied=OCCUPIED_TEXT if OCCUPIED in views(main) else "",
+        alone=settings.visits * settings.stretch,
         seeds=seeds,
+        chance="; with three, a gap that is 0 in truth holds by chance in 9 of 100 cases"
+        if seeds == 3
+        else "",
+        ceiling=CEILING,
         name=name,
         table=_table(main),
-        counted=" or ".join(
-            dict.fromkeys(str(len(references(main, v)) - len(some)) for v, some in apart.items())
-        ),
-        ratios=_ratios(main),
-        apart=apart_text if said else "",
-        singles=_singles(main),
+        counted=_ofviews(main, lambda view: f"{len(counted(main, view))} games"),
+        single=_ofviews(main, lambda view: f"{ceiling(main, view):.2f}"),
+        apart=_apart(main),
+        missing=_missing(main, planned, seeds),
+        claims=_claims(main, seeds),
+        returns=_returns(main),
+        kept=_kept(main),
         searched=_searched(searches[0].unit.settings) if searches else "–",
-        cost=hours,
+        cost=sum(r.processor_seconds or r.seconds for r in searches) / 3600,
         search=_search(searches),
         overlap=_overlap(main, folder, name),
         recognition=_recognition(main, folder, name),
@@ -208,126 +276,115 @@ def _whole(
     )
 
 
-# Scores
+# Tables
 
 
-def references(records: Sequence[Record], view: str) -> dict[str, tuple[float, float]]:
-    """Return the returns of random actions and of a single agent by game, means over seeds."""
-    found: dict[str, list[Figures]] = {}
-    for record in chosen(records, method=SINGLE, view=view):
-        found.setdefault(record.unit.settings["games"][0], []).append(record.figures)
-    return {
-        game: (
-            float(np.mean([one["random"] for one in some])),
-            float(np.mean([one["end"] for one in some])),
-        )
-        for game, some in found.items()
-    }
+def _ofviews(records: Sequence[Record], say: Callable[[str], str]) -> str:
+    """Write one thing for all views where it is the same in them, else one for each."""
+    found = {view: say(view) for view in views(records)}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return " or ".join(f"{text} ({TITLES[view]})" for view, text in found.items())
 
 
-def learned(low: float, high: float) -> bool:
-    """Return whether a single agent has learned its game: three times random, a point above."""
-    return high >= LEAST * low and high - low >= 1
+def _apart(records: Sequence[Record]) -> str:
+    said = [
+        f"{game} ({TITLES[view]})"
+        for view in views(records)
+        for game, pair in references(records, view).items()
+        if not learned(*pair)
+    ]
+    if not said:
+        return ""
+    return (
+        f" Apart, since a single agent stays under {LEAST} times random or one point above it: "
+        f"{', '.join(said)}; such a game is played and protected as all others, and its returns "
+        "are below."
+    )
 
 
-def scores(returns: Any, low: float, high: float) -> Looks:
-    """Return (return − random) / (single − random), clipped to 0 … 1; 0 where single is no more."""
-    values = np.asarray(returns, dtype=float)
-    if high <= low:
-        return np.zeros_like(values)
-    return ((values - low) / (high - low)).clip(0, 1)
-
-
-def _apart(records: Sequence[Record], view: str) -> list[str]:
-    return [game for game, pair in references(records, view).items() if not learned(*pair)]
-
-
-def _games(record: Record, references: Mapping[str, tuple[float, float]]) -> dict[str, Looks]:
-    """Return the scores of each game that has a reference, over the looks."""
-    looks = np.array(record.figures["looks"])
-    return {
-        game: scores(looks[:, 1 + i], *references[game])
-        for i, game in enumerate(record.unit.settings["games"])
-        if game in references
-    }
-
-
-def _sums(records: Sequence[Record], view: str, method: str) -> tuple[Looks, Looks]:
-    """Return steps, and the sum of scores over the games that can be learned, (seeds, looks)."""
-    found = references(records, view)
-    counted = {game: pair for game, pair in found.items() if learned(*pair)}
-    some = chosen(records, method=method, view=view)
-    if not some:
-        return np.zeros(0), np.zeros((0, 0))
-    steps = np.array(some[0].figures["looks"])[:, 0]
-    zero = np.zeros(len(steps))
-    return steps, np.array([sum(_games(record, counted).values(), zero) for record in some])
-
-
-def _views(records: Sequence[Record]) -> list[str]:
-    return [view for view in TITLES if chosen(records, view=view)]
-
-
-def _last(sums: Looks) -> list[float]:
-    """Return each seed's mean over the last third of its looks."""
-    return [float(line[-max(1, len(line) // 3) :].mean()) for line in sums]
+def _missing(records: Sequence[Record], planned: Mapping[str, Sequence[str]], seeds: int) -> str:
+    said = []
+    for view, methods in planned.items():
+        for method in methods:
+            done = len(chosen(records, method=method, view=view))
+            if done < seeds:
+                said.append(f"{method} ({TITLES[view]}; {done} of {seeds} seeds done)")
+    return f" Still to run: {', '.join(said)}." if said else ""
 
 
 def _with_error(found: Mean, digits: int = 2) -> str:
+    if math.isnan(found.value):
+        return "–"
     error = f" ± {found.error:.{digits}f}" if found.seeds > 1 else ""
     return f"{found.value:.{digits}f}{error}"
 
 
 def _table(records: Sequence[Record]) -> str:
     lines = []
-    for view in _views(records):
+    for view in views(records):
         for method in METHODS:
-            _, sums = _sums(records, view, method)
-            if len(sums):
+            _, found = sums(records, view, method)
+            if len(found):
                 some = chosen(records, method=method, view=view)
                 speed = [r.figures["steps a second"] for r in some]
                 lines.append([
                     f"{method} ({TITLES[view]})",
-                    _with_error(mean([float(line.mean()) for line in sums])),
-                    _with_error(mean(_last(sums))),
-                    _with_error(mean([float(line[-1]) for line in sums])),
-                    str(len(sums)),
+                    _with_error(mean([float(line.mean()) for line in found])),
+                    _with_error(mean([*lasts(records, view, method).values()])),
+                    _with_error(mean([float(line[-1]) for line in found])),
+                    str(len(found)),
                     f"{np.mean(speed):,.0f}",
                 ])  # fmt: skip
     header = ["sum of scores", "whole training", "last third", "last look", "seeds", "steps / s"]
     return markdown(header, lines)
 
 
-def _ratios(records: Sequence[Record]) -> str:
-    """Compare the sums of the last third: with no protection, true labels, and single agents."""
-    said = []
-    for view in _views(records):
-        ewc, without, recognised = (
-            mean([*_lasts(records, view, method).values()]).value
-            if chosen(records, method=method, view=view)
-            else 0.0
-            for method in (EWC, NONE, RECOGNISED)
-        )
-        parts = [f"{ewc / without:.2f} times that without protection"] if ewc and without else []
-        if counted := sum(learned(*pair) for pair in references(records, view).values()):
-            parts += [f"{ewc / counted:.0%} of what the single agents reach"] if ewc else []
-        parts += [f"with the recogniser {recognised / ewc:.0%} of it"] if ewc and recognised else []
-        if parts:
-            said.append(f" In it EWC's sum ({TITLES[view]}) is {', '.join(parts)}.")
-    return "".join(said)
+def _claims(records: Sequence[Record], seeds: int) -> str:
+    lines = [
+        [
+            f"{one.text} ({TITLES[view]})",
+            f"{one.ratio:.2f}",
+            _with_error(one.gap),
+            str(one.gap.seeds),
+            one.verdict,
+        ]
+        for view in views(records)
+        for one in claims(records, view, seeds)
+    ]
+    return markdown(["claim", "ratio", "gap", "seeds", "here"], lines)
 
 
-def _singles(records: Sequence[Record]) -> str:
+def _returns(records: Sequence[Record]) -> str:
     lines = []
-    for view in _views(records):
-        for game, (low, _) in references(records, view).items():
-            some = [
-                one.figures["end"]
-                for one in chosen(records, method=SINGLE, view=view)
-                if one.unit.settings["games"][0] == game
-            ]
-            lines.append([f"{game} ({TITLES[view]})", f"{low:.2f}", _with_error(mean(some))])
-    return markdown(["return", "random", "single"], lines)
+    for view in views(records):
+        found, alone = references(records, view), singles(records, view)
+        games = list(found)
+        at_once = after_as_many_steps(records, view)
+        every = {game: mean([single_return(one) for one in alone[game]]) for game in games}
+        lines += [
+            [f"random ({TITLES[view]})", *(f"{found[game][0]:.2f}" for game in games)],
+            ["single", *(_with_error(every[game]) for game in games)],
+            ["seeds of it", *(str(every[game].seeds) for game in games)],
+            ["single, as many steps", *(f"{at_once[game]:.2f}" for game in games if at_once)],
+        ]
+        for method in METHODS:
+            if chosen(records, method=method, view=view):
+                own = returns(records, view, method)
+                lines.append([method, *(_with_error(own[game]) for game in games)])
+    return markdown(["return", *(game.replace("_", " ") for game in games)], lines)
+
+
+def _kept(records: Sequence[Record]) -> str:
+    lines = []
+    for view in views(records):
+        for method in METHODS:
+            found = None if method == JOINT else kept(records, view, method)
+            if found is not None:
+                lines.append([f"{method} ({TITLES[view]})", *(_with_error(one) for one in found)])
+    return markdown(
+        ["mean score", "played", "away", "end of a visit", "before the next visit"], lines
+    )
 
 
 def _searched(settings: Mapping[str, Any]) -> str:
@@ -337,13 +394,18 @@ def _searched(settings: Mapping[str, Any]) -> str:
 
 def _search(searches: Sequence[Record]) -> str:
     lines = []
-    for one in searches:
+    for one in sorted(searches, key=_place):
         values = one.unit.settings
         searched = values["searched"]
         penalty = f"EWC, {values['likelihood']}" if searched == EWC else searched
         strength, score = f"{values['ewc_lambda']:g}", f"{one.figures['validation']:.3f}"
         lines.append([penalty, strength, score])
     return markdown(["penalty", "λ", "mean score"], lines)
+
+
+def _place(record: Record) -> tuple[int, str, float]:
+    values = record.unit.settings
+    return METHODS[::-1].index(values["searched"]), values["likelihood"], values["ewc_lambda"]
 
 
 def _lines(records: Sequence[Record]) -> Iterable[list[Any]]:
@@ -355,13 +417,13 @@ def _lines(records: Sequence[Record]) -> Iterable[list[Any]]:
 
 
 def _draw_sums(records: Sequence[Record], folder: Path, name: str) -> None:
-    views = _views(records) or [CHANNELS]
-    figure, axes = panels(len(views), width=5, sharey=True)
-    for view, axis in zip(views, axes, strict=True):
+    shown = views(records) or [CHANNELS]
+    figure, axes = panels(len(shown), width=5, sharey=True)
+    for view, axis in zip(shown, axes, strict=True):
         for method in METHODS:
-            steps, sums = _sums(records, view, method)
-            if len(sums):
-                middle, error = sums.mean(0), error_bars(sums)
+            steps, found = sums(records, view, method)
+            if len(found):
+                middle, error = found.mean(0), error_bars(found)
                 axis.plot(steps, middle, color=COLOUR[method], lw=1.2, label=method)
                 axis.fill_between(
                     steps, middle - error, middle + error, color=COLOUR[method], alpha=0.2, lw=0
@@ -374,7 +436,7 @@ def _draw_sums(records: Sequence[Record], folder: Path, name: str) -> None:
 
 
 def _draw_each(records: Sequence[Record], folder: Path, name: str) -> None:
-    view = _views(records)[0]
+    view = views(records)[0]
     found = references(records, view)
     rows = _of_first_seed([r for m in METHODS for r in chosen(records, method=m, view=view)])
     games = rows[0].unit.settings["games"]
@@ -386,12 +448,13 @@ def _draw_each(records: Sequence[Record], folder: Path, name: str) -> None:
                 axis.axvspan(at, at + steps, color="0.88", lw=0)
             at += steps
         for record in rows:
-            curves = _games(record, found)
+            curves = scores_of(record, found)
             if game in curves:
                 steps = np.array(record.figures["looks"])[:, 0]
                 label, colour = record.unit.method, COLOUR[record.unit.method]
                 axis.plot(steps, curves[game], color=colour, lw=1, label=label)
-        axis.set_title(game, fontsize="medium")
+        title = game if learned(*found[game]) else f"{game} (apart)"
+        axis.set_title(title, fontsize="medium")
         axis.set_xlabel("steps")
     axes[0].set_ylabel("score")
     axes[0].legend(*axes[0].get_legend_handles_labels(), fontsize="xx-small")
@@ -402,7 +465,7 @@ def _draw_each(records: Sequence[Record], folder: Path, name: str) -> None:
 
 
 def _overlap(records: Sequence[Record], folder: Path, name: str) -> str:
-    view = _views(records)[0]
+    view = views(records)[0]
     some = [r for r in chosen(records, method=EWC, view=view) if r.figures.get("overlaps")]
     if not some:
         return ""
@@ -435,7 +498,7 @@ def _overlap(records: Sequence[Record], folder: Path, name: str) -> str:
 
 
 def _recognition(records: Sequence[Record], folder: Path, name: str) -> str:
-    some = [r for view in _views(records) for r in chosen(records, method=RECOGNISED, view=view)]
+    some = [r for view in views(records) for r in chosen(records, method=RECOGNISED, view=view)]
     if not some:
         return ""
     by_name: dict[str, list[Figures]] = {}
@@ -458,8 +521,15 @@ def _recognition(records: Sequence[Record], folder: Path, name: str) -> str:
     header = ["frames", "purity", "contexts", "switches found", "delay, steps", "false alarms"]
     _draw_contexts(some, folder, name)
     settings = from_record(some[0].unit.settings)
+    same, visits = np.sum([known_again(record) for record in some], axis=0)
     return RECOGNITION.format(
-        name=name, table=markdown(header, lines), prior=settings.prior, window=settings.window
+        name=name,
+        table=markdown(header, lines),
+        prior=settings.prior,
+        window=settings.window,
+        copies=settings.copies,
+        least=settings.least_steps,
+        again=f"{same} of {visits}",
     ).strip()
 
 
@@ -489,20 +559,24 @@ def _draw_contexts(records: Sequence[Record], folder: Path, name: str) -> None:
 
 
 def _noisy(records: Sequence[Record]) -> tuple[list[float], dict[str, Looks]]:
-    """Return the sizes of noise, and the mean score over seeds by kind, (games, sizes)."""
-    view = (_views(records) or [CHANNELS])[0]
-    found = references(records, view)
+    """Return sizes of noise, 0 the first, and the mean score over seeds by kind, (games, sizes)."""
+    view = (views(records) or [CHANNELS])[0]
+    found = counted(records, view)
     by_game: dict[str, list[Figures]] = {}
     for record in chosen(records, method=SINGLE, view=view):
         game = record.unit.settings["games"][0]
-        if "noise" in record.figures and learned(*found[game]):
+        if "noise" in record.figures and game in found:
             by_game.setdefault(game, []).append(record.figures)
-            sizes = list(record.unit.settings["noise"])
+            sizes = [0.0, *record.unit.settings["noise"]]
     if not by_game:
         return [], {}
+
+    def score(figures: Figures, game: str, kind: str) -> Looks:
+        return scores([figures["looks"][-1][1], *figures["noise"][kind]], *found[game])
+
     return sizes, {
         kind: np.array([
-            np.mean([scores(one["noise"][kind], *found[game]) for one in some], axis=0)
+            np.mean([score(one, game, kind) for one in some], axis=0)
             for game, some in by_game.items()
         ])
         for kind in (UNIFORM, SHAPED)
@@ -516,7 +590,12 @@ def _noise(records: Sequence[Record], folder: Path, name: str) -> str:
     figure, (axis,) = panels(1, width=5.5)
     for (kind, values), colour in zip(found.items(), COLOURS, strict=False):
         axis.errorbar(
-            sizes, values.mean(0), error_bars(values), color=colour, marker="o", label=kind
+            sizes[1:],
+            values[:, 1:].mean(0),
+            error_bars(values[:, 1:]),
+            color=colour,
+            marker="o",
+            label=kind,
         )
     axis.set_xscale("log")
     axis.set_xlabel("size of the noise, ‖δ‖/√N")
@@ -525,7 +604,7 @@ def _noise(records: Sequence[Record], folder: Path, name: str) -> str:
     save_picture(figure, folder, f"{name}-noise")
     lines = [[kind, *(f"{v:.2f}" for v in values.mean(0))] for kind, values in found.items()]
     table = markdown(["noise", *(f"{size:g}" for size in sizes)], lines)
-    return NOISE.format(name=name, table=table).strip()
+    return NOISE.format(name=name, table=table, count=len(found[SHAPED])).strip()
 
 
 def _atari(record: Record) -> str:
@@ -544,70 +623,38 @@ def _atari(record: Record) -> str:
 
 def _rows(records: Sequence[Record], name: str, seeds: int) -> list[Row]:
     """Write the lines of the table that sets the figures beside the paper's."""
-    claims = {
-        NONE: ("stays below 1 (of ten games)", "five games of MinAtar here, ten of Atari there"),
+    view = (views(records) or [CHANNELS])[0]
+    verdicts = {
+        one.method: one.verdict for one in reversed(claims(records, view, seeds))
+    }  # the first of each method
+    count = len(counted(records, view))
+    published = {
+        NONE: ("stays below 1", f"{count} games here, ten of Atari there, in units of a human"),
         L2: ("–", "the same protocol with a Fisher of 1"),
-        EWC: ("well above no protection", "sum of scores, last third of training"),
-        RECOGNISED: ("nearly as with true labels", "sum of scores, last third of training"),
+        EWC: ("well above no protection", "the claim is that it is above"),
+        RECOGNISED: ("nearly as with true labels", "the claim is that it is 95 % of them"),
     }
-    main = [r for r in records if r.unit.settings["suite"] != ATARI or name != "games"]
-    view = (_views(main) or [CHANNELS])[0]
-    lasts = {method: _lasts(main, view, method) for method in claims}
+    prefix = name.replace("-", ", ")
     rows = []
-    for method, (published, reason) in claims.items():
-        row = Row(f"{name.replace('-', ', ')}: {method}, sum of scores", published)
-        if found := lasts[method]:
+    for method, (claim, reason) in published.items():
+        row = Row(f"{prefix}: {method}, sum of scores in the last third", claim)
+        if view in views(records) and (found := lasts(records, view, method)):
             done = f"{len(found)} of {seeds} seeds"
             row = row._replace(
                 here=f"{_with_error(mean([*found.values()]))} ({done})",
-                difference=_verdict(method, lasts),
+                difference=verdicts.get(method, "–"),
                 reason=reason,
             )
         rows.append(row)
-    row = Row(
-        f"{name.replace('-', ', ')}: noise shaped by the Fisher harms less than uniform", "less"
-    )
-    _, noisy = _noisy(main)
+    row = Row(f"{prefix}: noise shaped by the Fisher harms less than uniform", "less")
+    sizes, noisy = _noisy(records)
     if noisy:
-        gaps = (noisy[SHAPED] - noisy[UNIFORM]).mean(1)
-        gap = mean(gaps.tolist())
+        by_size = noisy[SHAPED] - noisy[UNIFORM]
+        gap = mean(by_size[:, 1:].mean(1).tolist())
+        better = [f"{s:g}" for s, d in zip(sizes, by_size.mean(0), strict=True) if d > 0]
         row = row._replace(
             here=f"{_with_error(gap)} of the score more, mean over sizes",
-            difference=_above(gap),
-            reason="holds above two standard errors over games",
+            difference=verdict(gap, 2),
+            reason=f"two standard errors over games; more at the sizes {', '.join(better)}",
         )
     return [*rows, row]
-
-
-def _lasts(records: Sequence[Record], view: str, method: str) -> dict[int, float]:
-    """Return the mean sum of scores over the last third of training, by seed."""
-    seeds = [record.unit.seed for record in chosen(records, method=method, view=view)]
-    return dict(zip(seeds, _last(_sums(records, view, method)[1]), strict=True))
-
-
-def _verdict(method: str, lasts: Mapping[str, Mapping[int, float]]) -> str:
-    """Say whether a claim of the paper holds: by two standard errors, seed by seed."""
-    found = lasts[method]
-    if method == NONE:
-        top = mean([*found.values()])
-        if len(found) < 2:
-            return "–"
-        return "holds" if top.value + 2 * top.error < 1 else "does not hold"
-    other = {EWC: NONE, RECOGNISED: EWC}.get(method)
-    both = sorted(found.keys() & lasts[other].keys()) if other else []
-    if other is None or len(both) < 2:
-        return "–"
-    gap = mean([found[seed] - lasts[other][seed] for seed in both])
-    if method == EWC:
-        return _above(gap)
-    if gap.value < -2 * gap.error:
-        return "does not hold"
-    kept = math.fsum(found[seed] for seed in both) / math.fsum(lasts[other][seed] for seed in both)
-    return "holds" if kept >= NEARLY else "undecided"
-
-
-def _above(gap: Mean) -> str:
-    """Say whether a gap is above two standard errors; of one figure nothing is said."""
-    if math.isnan(gap.error):
-        return "–"
-    return "holds" if gap.value > 2 * gap.error else "does not hold"
