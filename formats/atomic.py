@@ -60,14 +60,14 @@ def replace_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             recover(target)
             _make_parents(place.target, cleanup)
             _lock_or_refuse(place, cleanup)
-            _refuse_content(place.target, overwrite)
+            _refuse_content(place, overwrite)
             _make_staging(place)
         try:
             with explained(place.target, FULL):
                 yield place.new
             with explained(place.target, FULL | FORBIDDEN):
                 _sync_tree(place.new)
-                _refuse_content(place.target, overwrite)
+                _refuse_content(place, overwrite)
                 _put_in_place(place)
         finally:
             with explained(place.target, FULL | FORBIDDEN):
@@ -103,7 +103,7 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
     """Refuse, before any work is done, a target that `replace_folder` would refuse after it."""
     place = _Place(target)
     _check_name(place.target, _LONGEST_OF_FOLDER)
-    _refuse_content(place.target, overwrite)
+    _refuse_content(place, overwrite)
     _check_parent(target, [*([place.target] if place.mounted else []), *place.target.parents])
 
 
@@ -270,7 +270,8 @@ def _is_content(name: str) -> bool:
     return name not in _NOT_CONTENT and not name.startswith(_PARTIAL)
 
 
-def _refuse_content(target: Path, overwrite: bool) -> None:
+def _refuse_content(place: _Place, overwrite: bool) -> None:
+    target = place.target
     if os.path.islink(target):  # although resolved
         raise InputError(f"{target} is a link that leads to itself; remove it")
     if not target.exists():
@@ -278,13 +279,13 @@ def _refuse_content(target: Path, overwrite: bool) -> None:
     if not target.is_dir():
         raise InputError(f"{target} is a file; name a folder to write into")
     content = sorted(entry.name for entry in target.iterdir() if _is_content(entry.name))
-    if not content:
-        return
-    if not overwrite:
+    if content and not overwrite:
         raise InputError(
             f"{target} is not empty: found {content[0]!r} ({len(content)} entries in all); "
             "choose another folder, or replace all of it with --overwrite"
         )
+    if not content and place.mounted:  # which stays where it is
+        return
     for what, keep in (("your home", os.path.expanduser("~")), ("the current", ".")):
         if Path(os.path.realpath(keep)).is_relative_to(target):
             raise InputError(

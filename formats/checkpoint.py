@@ -28,7 +28,7 @@ _KINDS = f"a file that ends in .safetensors, {', '.join(PICKLE_SUFFIXES)}"
 _NOT_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|training_args|rng_state|random_states|sampler|adapter_model).*"
 )
-_ADAPTER_WEIGHTS = re.compile(r"adapter_model\.(safetensors|bin)")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _OF_THE_OLD_WEIGHTS = re.compile(
     r".*\.safetensors(\.index\.json)?"
     r"|pytorch_model.*\.bin(\.index\.json)?"
@@ -83,8 +83,10 @@ def _open(path: Path) -> Checkpoint:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     config = read_beside(path, "config.json") if is_folder else {}
     last = files[-1]
-    of_adapter = is_folder and _ADAPTER_WEIGHTS.fullmatch(last.name)
+    of_adapter = is_folder and last.name in _ADAPTERS
     adapter = read_beside(path, ADAPTER_CONFIG) if of_adapter else None
+    if is_folder and not of_adapter:
+        _check_alone(path, last.name, config)
     stem, is_safetensors, _ = last.name.partition(".safetensors")
     weights: Mapping[str, Tensor]
     weights = open_tensors(path, stem) if is_safetensors else open_pickle(last)
@@ -92,6 +94,22 @@ def _open(path: Path) -> Checkpoint:
         raise InputError(f"{last} contains no tensors; save the checkpoint again")
     _refuse_quantized(path, weights, config)
     return Checkpoint(path, weights, config, files, adapter)
+
+
+def _check_alone(folder: Path, name: str, config: Mapping[str, Any]) -> None:
+    """Refuse weights with which transformers would load others, or others in their place."""
+    adapter = next((at for at in _ADAPTERS if (folder / at).exists()), None)
+    if adapter is not None and (folder / ADAPTER_CONFIG).exists():
+        raise InputError(
+            f"{folder} has {name} and an adapter, {adapter}, which transformers adds to it: move "
+            f"one of them elsewhere, with {ADAPTER_CONFIG}"
+        )
+    named = config.get("transformers_weights")
+    if named is not None and named != name.removesuffix(".index.json"):
+        raise InputError(
+            f"{folder}/config.json: transformers_weights is {named!r}, found {name}: load and save "
+            "the model with transformers, which writes the usual names"
+        )
 
 
 def is_fisher_alone(folder: Path) -> bool:
@@ -185,17 +203,17 @@ def _model_name(folder: Path) -> str:
         if len(models) > 1:
             raise InputError(
                 f"{folder}: expected one model, found {len(models)} ({', '.join(models[:5])}"
-                f"{', …' if len(models) > 5 else ''}); name one of the files instead of the folder"
+                f"{', …' if len(models) > 5 else ''}); move all but one "
+                "elsewhere, as a file that is named by itself has no config.json"
             )
         if models:
             return models[0]
     if (folder / ADAPTER_CONFIG).exists():
-        adapters = ("adapter_model.safetensors", "adapter_model.bin")
-        for name in adapters:
+        for name in _ADAPTERS:
             if (folder / name).exists():
                 return name
         raise InputError(
-            f"{folder} has an {ADAPTER_CONFIG}, but no {' or '.join(adapters)}; save the adapter "
+            f"{folder} has an {ADAPTER_CONFIG}, but no {' or '.join(_ADAPTERS)}; save the adapter "
             "again"
         )
     there = sorted(entry.name for entry in folder.iterdir())

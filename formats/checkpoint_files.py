@@ -9,6 +9,7 @@ from typing import Any
 
 from formats.errors import InputError
 
+_SHARED = ".huggingface-shared-blobs"  # what marks them
 MAX_JSON_BYTES = 128 * 2**20
 
 
@@ -28,14 +29,25 @@ def inside(folder: Path, name: str) -> Path:
 def check_link(folder: Path, path: Path) -> Path:
     """Return the path, and refuse a link out of a checkpoint folder, which may be untrusted."""
     root, real = real_path(folder), real_path(path)
-    # In the Hub's cache MODEL/snapshots/COMMIT/… are links into MODEL/blobs.
-    blobs = [above.parent / "blobs" for above in root.parents if above.name == "snapshots"]
-    if not any(real.is_relative_to(allowed) for allowed in (root, *blobs[:1])):
+    if not any(real.is_relative_to(allowed) for allowed in (root, *_blobs_of(root))):
         raise InputError(
             f"{path} is a link to {real}, outside the checkpoint; "
             "replace it by a copy of the file if you trust it"
         )
     return path
+
+
+def _blobs_of(root: Path) -> list[Path]:
+    """Give the folders that links of MODEL/snapshots/COMMIT lead to in the Hub's cache.
+
+    They are MODEL/blobs, and for files that several models share the blobs beside the models.
+    """
+    model = next((above.parent for above in root.parents if above.name == "snapshots"), None)
+    if model is None:
+        return []
+    shared = model.parent / "blobs"
+    is_cache = model.name.startswith("models--") and (shared / _SHARED).is_file()
+    return [model / "blobs", *([shared] if is_cache else [])]
 
 
 def real_path(path: Path) -> Path:

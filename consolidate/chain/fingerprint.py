@@ -147,7 +147,7 @@ def module_content(factory: str | None) -> str | None:
     sys.path.insert(0, str(Path.cwd()))
     try:
         spec = find_spec(factory.partition(":")[0])
-    except (ImportError, ValueError):
+    except Exception:  # of the package's own code; loading the module says what it is
         spec = None
     finally:
         sys.path.pop(0)

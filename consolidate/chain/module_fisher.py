@@ -13,6 +13,7 @@ from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import refuse_existing
 from consolidate.chain.tasks import add_task, task_name
 from consolidate.estimation.estimates import FisherDiagonal
+from consolidate.fields import gather
 from consolidate.models.model import Model, file_weights, layout_of
 from consolidate.models.objectives import get_objective
 from consolidate.options import Merging
@@ -73,12 +74,17 @@ def store_fisher(
     source = with_base(open_checkpoint(Path(checkpoint)), None)
     target = Path(checkpoint) / "fisher"
     before: Chain | None = None
-    if after is None and _is_unmeasured(target, task):
-        before, overwrite = stored_fisher(target, source), True
+    try:
+        if after is None and _is_unmeasured(target, task):
+            before, overwrite = stored_fisher(target, source), True
+    except InputError:
+        if not overwrite:
+            raise
     refuse_existing(target, overwrite=overwrite)
     check_task_name(task)
     origin = None if after is None else open_origin(after, source, None)
-    merging = Merging(merge_rule, gamma, task_weight)
+    asked = {"merge_rule": merge_rule, "gamma": gamma, "task_weight": task_weight}
+    merging = gather(Merging, asked)
     with claimed_in_place(Path(checkpoint), "fisher"):
         own = not hasattr(module, "save_pretrained")
         model = Model(

@@ -105,7 +105,9 @@ def _computing(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
     for key, value in config.items():
         if value is None or key in _IRRELEVANT_KEYS or any(word in key for word in _DROPOUT):
             continue
-        if key == "rope_parameters":  # transformers 5; before, without a folder of its own
+        if key == "rope_parameters" and isinstance(
+            value, dict
+        ):  # transformers 5; before, without a folder of its own
             found |= _computing({k: v for k, v in value.items() if v != "default"}, at)
         elif isinstance(value, dict):
             found |= _computing(value, f"{at}{key}.")

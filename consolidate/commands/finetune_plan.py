@@ -257,7 +257,7 @@ def _check_measure(options: FinetuneOptions, opened: Opened) -> None:
         return
     records = {task.name: task for task in opened.tasks}
     if name in records and not records[name].measured:
-        why = f"the task can no longer be measured, as {last.name} was learned since"
+        why = f"the task can no longer be measured, as {last.name} came after it"
     elif last.measured:
         why = f"the last task of the ledger, {last.name}, was measured already"
     else:

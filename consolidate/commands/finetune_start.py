@@ -134,11 +134,11 @@ def _penalized(
 
 
 def _report_unused_fisher(plan: "Plan") -> None:
-    online = plan.opened.merging.merge_rule == "online"
+    moves = plan.opened.merging.merge_rule == "online" and not plan.options.measuring.no_fisher
     LOG.info(
         "the penalty does not use the Fisher of %s; the output keeps it, around %s",
         ", ".join(plan.opened.old_tasks),
-        "the new weights" if online else "its anchor",
+        "the new weights" if moves else "its anchor",
     )
 
 

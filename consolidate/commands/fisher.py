@@ -86,6 +86,9 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
         UsageError: The options contradict each other or the checkpoint.
         NonFiniteError: NaN or infinity in the weights or in the Fisher.
     """
+    if options.estimation.batch_size is None:
+        estimation = replace(options.estimation, batch_size=Estimation.batch_size)
+        options = replace(options, estimation=estimation)
     check_generation(options)
     cut = shards_among(shard=options.parameters.shard, check=options.estimation.check)
     folder = find_checkpoint(options)

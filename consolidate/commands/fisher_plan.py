@@ -175,7 +175,15 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
             _refuse_beside_unmeasured(options, last, name)
     if completes:  # of the Hub the ledger alone is there
         locate(options.checkpoint, options.source.revision)
-    before = stored_fisher(folder / "fisher", source) if options.add or completes else None
+    before = _stored_before(folder, source, options, completes=completes)
+    if completes and before is None:
+        completes = False
+    elif last is not None and before is None and options.output_dir is not None:
+        LOG.info(
+            "the output's Fisher is that of %s alone: --add keeps that of %s too",
+            name,
+            ", ".join(task.name for task in read_ledger(folder / "fisher" / LEDGER_NAME).tasks),
+        )
     origin = None
     if options.after is not None:
         origin = open_origin(options.after, source, options.source.base_model)
@@ -259,7 +267,27 @@ def _completes(last: TaskRecord, name: str, options: FisherOptions, *, again: bo
     """
     if last.name != name or last.penalty is None:
         return False
-    return not last.measured or (options.output_dir is None and not again)
+    return not last.measured or (options.output_dir is None and not options.add and not again)
+
+
+def _stored_before(
+    folder: Path, source: Checkpoint, options: FisherOptions, *, completes: bool
+) -> StoredFisher | None:
+    """Read the Fisher that is added to or completed.
+
+    None without one; also for one to be completed that is not whole, or not of these weights, if
+    it may be replaced.
+    """
+    if not (options.add or completes):
+        return None
+    try:
+        return stored_fisher(folder / "fisher", source)
+    except InputError as error:
+        if not completes or options.output_dir is not None:
+            raise
+        if options.saving.overwrite:
+            return None
+        raise InputError(f"{error}; --overwrite leaves out what is stored") from None
 
 
 def _refuse_beside_unmeasured(options: FisherOptions, last: TaskRecord, name: str) -> None:
@@ -267,7 +295,8 @@ def _refuse_beside_unmeasured(options: FisherOptions, last: TaskRecord, name: st
     if options.output_dir is None and not (options.add or options.saving.overwrite):
         raise InputError(
             f"{options.checkpoint}: expected data of {last.name!r}, whose Fisher was not measured, "
-            f"found a task {name!r}: --task {last.name} measures it, --add adds another task"
+            f"found a task {name!r}: --task {last.name} measures it; --add adds another, after "
+            f"which {last.name} can no longer be measured"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from consolidate.chain.claims import claiming
 from consolidate.chain.factors import offset_with_factors
-from consolidate.chain.output import refuse_existing
+from consolidate.chain.output import check_output, refuse_existing
 from consolidate.chain.up_to_date import cached, factor_totals, find_output
 from consolidate.commands.merge_blocks import Computed, MergedBlocks
 from consolidate.commands.merge_plan import (
@@ -73,6 +73,9 @@ def _merge(options: MergeOptions) -> MergeResult:
     if there is None:
         refuse_existing(target, overwrite=options.overwrite)
     plan = plan_merge(options.checkpoints, coefficients, options.base)
+    if there is None:
+        for model in plan.everything:
+            check_output(target, model.source, overwrite=options.overwrite, whole=True)
 
     def result(
         status: Literal["done", "cached"], ledger: Ledger, trace: float, *, anchored: bool

@@ -27,7 +27,8 @@ PUBLISHED = (
     *("tokenizer.model", "spiece.model", "spm.model", "spm_char.model", "sentencepiece.model"),
     *("sentencepiece.bpe.model", "*.spm", "*.tiktoken", "bpe.codes", "dict.txt", "tekken.json"),
     *("vocab.json", "vocab.txt", "vocab-src.json", "vocab-tgt.json", "target_vocab.json"),
-    *("entity_vocab.json", "byte_maps.json"),
+    *("entity_vocab.json", "byte_maps.json", "emoji.json", "prophetnet.tokenizer"),
+    *("word_shape.json", "word_pronunciation.json"),
     *("merges.txt", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
@@ -108,7 +109,7 @@ def contents_of(
         stored = read_fisher(fisher)
     for file in sorted(fisher.rglob("*")):
         place = file.relative_to(fisher)
-        if file.is_file() and not any(part.startswith(".") for part in place.parts):
+        if file.is_file() and not _is_hidden(place):
             check_link(fisher.parent, file)
             contents[f"fisher/{place.as_posix()}"] = file
     return contents, stored.ledger
@@ -169,11 +170,17 @@ def _fits(name: str, pattern: str) -> bool:
     return PurePosixPath("/", name).match(f"/{pattern}")
 
 
+def _is_hidden(place: Path) -> bool:
+    return any(part.startswith(".") for part in place.parts)
+
+
 def _stamps(folder: Path, fisher_only: bool) -> dict[Path, tuple[int, ...]]:
     """List the files of the Fisher and its weights, with times of their last change."""
     weights = () if fisher_only else open_checkpoint(folder).files
     stamps: dict[Path, tuple[int, ...]] = {}
-    for file in (*weights, *sorted((folder / "fisher").rglob("*"))):
+    fisher = folder / "fisher"
+    own = [file for file in sorted(fisher.rglob("*")) if not _is_hidden(file.relative_to(fisher))]
+    for file in (*weights, *own):
         status = file.stat()
         stamps[file] = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return stamps

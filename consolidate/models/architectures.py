@@ -1,5 +1,6 @@
 """Architectures of transformers: the one that a checkpoint's config.json names, and its labels."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from consolidate.runtime.quiet import quiet
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError, install
 from formats.wording import first_line
+
+_LAYERS = re.compile("layer|depth")
+_WIDTH = re.compile("size|dim|channel")  # such as vocab_size_per_layer_input
 
 
 def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, list[Any]]:
@@ -127,7 +131,7 @@ def _check_depth(contents: Mapping[str, Any], tensors: int, where: Path) -> None
     for name, value in contents.items():
         if isinstance(value, Mapping):
             _check_depth(value, tensors, where)
-        elif "layer" in name or "depth" in name:
+        elif _LAYERS.search(name) and not _WIDTH.search(name):
             for count in value if isinstance(value, list) else [value]:
                 if isinstance(count, int | float) and count > max(tensors, 1000):
                     raise InputError(

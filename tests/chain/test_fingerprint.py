@@ -16,6 +16,9 @@ def test_the_source_of_a_factory_counts(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "ours.py").write_text("from support.networks import make_network  # changed\n")
     assert fingerprint.module_content("ours:make_network") != digest
     assert fingerprint.module_content("no_such_module:f") is None
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/__init__.py").write_text("raise RuntimeError")
+    assert fingerprint.module_content("broken.nets:f") is None
 
 
 def test_data_to_measure_count() -> None:

@@ -63,6 +63,9 @@ def test_keys_that_compute_nothing_are_not_told(
     change_config(measured, rope_theta=1e5)
     change_config(other, rope_parameters={"rope_theta": 1e5, "rope_type": "default"})
     stored_fisher(measured / "fisher", open_checkpoint(other))
+    for folder in (measured, other):
+        change_config(folder, rope_parameters=5, rope_theta=1e5)
+    stored_fisher(measured / "fisher", open_checkpoint(other))
     (other / "config.json").unlink()
     stored_fisher(measured / "fisher", open_checkpoint(other))
     assert not caplog.records

@@ -246,6 +246,12 @@ def test_a_task_file_names_data_and_columns(
     assert read_fisher(network_checkpoint / "fisher").ledger.tasks[0].data == "old.npz"
 
 
+def test_no_batch_size_is_the_usual_one(network_checkpoint: Path, write_task: Write) -> None:
+    data = write_task("old")
+    consolidate.fisher(network_checkpoint, data, **NETWORK, batch_size=None)
+    assert consolidate.fisher(network_checkpoint, data, **NETWORK)["status"] == "cached"
+
+
 def test_no_digest_of_the_data_on_request(network_checkpoint: Path, write_task: Write) -> None:
     consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK, data_digest=False)
     ledger = json.loads((network_checkpoint / "fisher" / "fisher.json").read_text())
@@ -320,6 +326,16 @@ def test_a_fisher_of_ones_own_is_stored_like_the_command_does(
         consolidate.store_fisher(network, network_checkpoint, diagonal, overwrite=True, **options)
     with pytest.raises(InputError, match="already exists"):
         consolidate.store_fisher(network, network_checkpoint, diagonal, **options)
+    with pytest.raises(UsageError, match="--task-weight unit: expected a number, or one of units"):
+        consolidate.store_fisher(
+            network, network_checkpoint, diagonal, task_weight="unit", overwrite=True, **options
+        )
+    (network_checkpoint / "fisher" / "fisher.json").write_text("{")
+    network.load_state_dict(load_file(network_checkpoint / "model.safetensors"))
+    with pytest.raises(InputError, match=r"fisher\.json"):
+        consolidate.store_fisher(network, network_checkpoint, diagonal, **options)
+    consolidate.store_fisher(network, network_checkpoint, diagonal, overwrite=True, **options)
+    assert (network_checkpoint / "fisher" / "fisher.safetensors").read_bytes() == own
     with pytest.raises(UsageError, match=r"expected a FisherDiagonal.*found dict"):
         consolidate.store_fisher(network, network_checkpoint, dict(diagonal), **options)
 

@@ -345,6 +345,13 @@ def test_coefficients_that_make_no_sense(
         consolidate.merge(strangers[:2], output_dir=tmp_path / "out", weights=weights)
 
 
+def test_an_output_inside_an_input_is_refused(strangers: list[Path]) -> None:
+    before = [contents(folder) for folder in strangers]
+    with pytest.raises(InputError, match="is inside the checkpoint"):
+        consolidate.merge(strangers, output_dir=strangers[0] / "merged")
+    assert [contents(folder) for folder in strangers] == before
+
+
 def test_an_output_that_is_an_input_is_replaced_whole(
     strangers: list[Path], tmp_path: Path
 ) -> None:

@@ -189,11 +189,13 @@ def test_a_branch_is_made_where_nothing_changed(checkpoint: Path, tmp_path: Path
 def test_all_of_a_tokenizer_and_of_modules_is_sent_and_nothing_hidden(
     checkpoint: Path, tmp_path: Path, hub: Hub
 ) -> None:
-    sent = ["spm.model", "bpe.codes", "2_Dense/config.json", "2_Dense/pytorch_model.bin"]
+    sent = ["spm.model", "bpe.codes", "emoji.json", "word_shape.json", "word_pronunciation.json"]
+    sent += ["2_Dense/config.json", "2_Dense/pytorch_model.bin"]
     not_sent = ["2_Dense/notes.txt", "fisher/.ipynb_checkpoints/notes.txt"]
     for name in (*sent, *not_sent):
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_text("{}")
+    (checkpoint / "fisher/.#fisher.json").symlink_to("me@here.1")  # as an editor's lock
     code, _, err = run(
         tmp_path, "push", checkpoint, "user/model", HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN
     )

@@ -143,7 +143,9 @@ def test_training_goes_on_without_it_and_says_so(
     assert result["history"][0]["penalty"] > 0  # around the weights of a
     ledger = read_fisher(out / "fisher").ledger
     assert [task.measured for task in ledger.tasks] == [True, False, True]
-    with pytest.raises(UsageError, match="b: the task can no longer be measured, as c was learned"):
+    with pytest.raises(
+        UsageError, match="b: the task can no longer be measured, as c came after it"
+    ):
         finetune(out, c, output_dir=tmp_path / "x", task="d", measure={"b": c}, **COMMON)
     assert verify(learned, unmeasured, out)["tasks"] == ["a"]
 
@@ -322,8 +324,36 @@ def test_fisher_measures_the_task_that_has_none(
         assert verify(learned, folder)["tasks"] == ["a"]
     with pytest.raises(InputError, match="already exists"):
         fisher(unmeasured, b, seed=1, **NETWORK)
+    with pytest.raises(UsageError, match="the ledger already has a task 'b'"):
+        fisher(unmeasured, b, seed=1, add=True, **NETWORK)
+    assert verify(unmeasured)["tasks"] == ["a", "b"]
     fisher(unmeasured, b, seed=1, overwrite=True, **NETWORK)  # b alone, as ever
     assert verify(unmeasured)["tasks"] == ["b"]
+
+
+def test_a_trained_task_is_measured_again_at_other_weights_on_request(
+    unmeasured: Path, write_task: Write
+) -> None:
+    weights = load_file(unmeasured / "model.safetensors")
+    save_file({n: w + 1 for n, w in weights.items()}, unmeasured / "model.safetensors")
+    b = write_task("b", seed=1)
+    with pytest.raises(InputError, match=r"does not belong to the weights.*; --overwrite leaves"):
+        fisher(unmeasured, b, **NETWORK)
+    fisher(unmeasured, b, overwrite=True, **NETWORK)
+    assert verify(unmeasured)["tasks"] == ["b"]
+
+
+def test_a_copy_without_the_earlier_tasks_is_reported(
+    learned: Path, write_task: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    b = write_task("b", seed=1)
+    caplog.set_level("INFO", "consolidate")
+    fisher(learned, b, output_dir=tmp_path / "both", add=True, **NETWORK)
+    assert "--add keeps" not in caplog.text
+    fisher(learned, b, output_dir=tmp_path / "alone", **NETWORK)
+    assert "the output's Fisher is that of b alone: --add keeps that of a too" in caplog.text
+    assert verify(tmp_path / "both")["tasks"] == ["a", "b"]
+    assert verify(tmp_path / "alone")["tasks"] == ["b"]
 
 
 def test_of_the_hub_too_the_earlier_tasks_stay(

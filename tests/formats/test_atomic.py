@@ -218,6 +218,8 @@ def test_home_and_current_folder_are_not_replaced(tmp_path, monkeypatch):
         refused(target, what)
     refused(Path("/"), "root of the file system")
     assert content(work) == {"thesis.tex": "kept"}
+    (work / "thesis.tex").unlink()
+    refused(Path("."), "the current")  # a process would be left in a folder that is gone
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])

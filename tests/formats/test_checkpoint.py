@@ -112,6 +112,20 @@ def test_trainer_leftovers_are_not_weights(tmp_path):
     assert same(open_checkpoint(tmp_path).weights, weights())
 
 
+def test_weights_that_transformers_would_change_are_refused(tmp_path):
+    write_tensors(tmp_path, weights(), metadata=PT)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"transformers_weights": "other.safetensors"}))
+    with pytest.raises(InputError, match="transformers_weights is 'other"):
+        open_checkpoint(tmp_path)
+    config.write_text(json.dumps({"transformers_weights": "model.safetensors"}))
+    assert same(open_checkpoint(tmp_path).weights, weights())
+    write_tensors(tmp_path, {"x": torch.ones(1)}, stem="adapter_model", metadata=PT)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"has model\.safetensors and an adapter, adapter_model"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "net.pt", "net.pth", "net.bin", "net.ckpt"])
 def test_bare_file(tmp_path, name):
     path = tmp_path / name
@@ -334,16 +348,25 @@ def with_everything(checkpoint, out) -> None:
         write_checkpoint(staging, source, source.weights)
 
 
-def test_snapshot_of_the_hub_cache(checkpoint, tmp_path):
+@pytest.mark.parametrize("shared", [False, True])
+def test_snapshot_of_the_hub_cache(checkpoint, tmp_path, shared):
     snapshot = tmp_path / "models--me--mine" / "snapshots" / "0123"
     blobs = tmp_path / "models--me--mine" / "blobs"
     blobs.mkdir(parents=True)
     for i, path in enumerate(sorted(checkpoint.rglob("*"))):
         if path.is_file():
-            shutil.copy(path, blobs / str(i))
+            store = tmp_path / "blobs" / "00" if shared else blobs
+            store.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, store / str(i))
+            if shared:
+                (blobs / str(i)).symlink_to(f"../../blobs/00/{i}")
             place = snapshot / path.relative_to(checkpoint)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(os.path.relpath(blobs / str(i), place.parent))
+    if shared:
+        with pytest.raises(InputError, match=r"is a link to .*outside the checkpoint"):
+            open_checkpoint(snapshot)
+        (tmp_path / "blobs/.huggingface-shared-blobs").write_text("1\n")
     with_everything(snapshot, tmp_path / "out")
     written = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")}
     assert written == {path.relative_to(checkpoint) for path in checkpoint.rglob("*")}
