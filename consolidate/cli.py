@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = cli(arguments, prog_name="consolidate", standalone_mode=False, obj=state)
         _exit(code if isinstance(code, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        _exit(error.exit_code)
     except click.ClickException as error:
         if rank() > 0:  # the first process reports it
             _exit(error.exit_code)
@@ -84,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if state.get("debug"):
             traceback.print_exc()
         message, code = _explain(error)
+        if rank() > 0 and not state.get("begun"):  # as for click's errors
+            _exit(code)
         if len(message) > 2000:  # a name in a file can be as long as the file
             message = f"{message[:1500]} … {message[-400:]}"
         _fail(message, code, state)
@@ -134,6 +139,8 @@ def _exit(code: int) -> NoReturn:
             sys.stdout.flush()
     except OSError:
         code = code or 141
+        with suppress(OSError, ValueError):  # what is left unwritten would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
@@ -362,6 +369,7 @@ def _do(typed: dict[str, Any], text: Callable[[Any], str]) -> None:
     followed = {way: typed.pop(way) for way in ("metrics", "mlflow", "wandb") if way in typed}
     options: Any = record_of(COMMANDS[name], dict(typed))
     command = getattr(import_module(f"consolidate.commands.{name}"), name)
+    click.get_current_context().ensure_object(dict)["begun"] = True
     try:
         if followed:
             result = _measured(name, command, options, typed, **followed)

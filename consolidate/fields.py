@@ -183,7 +183,7 @@ def checked(flat: Flat, value: Any) -> Any:
     if option.dtype and value is not None:
         value = str(value).removeprefix("torch.")
     if "Path" in str(flat.kinds):
-        value = _at_home(value, where)
+        value = at_home(value, where)
     if not fits(flat.kinds, value := _plain(value)) and not option.python_only:
         raise UsageError(f"{where} {value}: expected {words_of(flat)}")
     if option.choices and isinstance(value, str) and value not in option.choices:
@@ -201,12 +201,12 @@ def checked(flat: Flat, value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _at_home(value: Any, where: str) -> Any:
+def at_home(value: Any, where: str) -> Any:
     """Put the user's home folder in the place of ~, in every path of a value."""
     if isinstance(value, list | tuple):
-        return [_at_home(one, where) for one in value]
+        return [at_home(one, where) for one in value]
     if isinstance(value, Mapping):
-        return {name: _at_home(one, where) for name, one in value.items()}
+        return {name: at_home(one, where) for name, one in value.items()}
     if not isinstance(value, str | Path) or not str(value).startswith("~"):
         return value
     path = Path(value)

@@ -14,6 +14,7 @@ from consolidate.fields import (
     OTHER,
     REQUIRED,
     Flat,
+    at_home,
     fits,
     flat_options,
     gather,
@@ -199,7 +200,7 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
     if path is None:
         return
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        values = tomllib.loads(path.read_text("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{path} is not TOML: {error}") from None
     command = str(context.command.name)
@@ -249,8 +250,9 @@ def _place_of_metrics(
     from consolidate.views.metrics import is_metrics
     from formats.atomic import check_own_file
 
-    check_own_file(Path(value), "a file of metrics", is_metrics)  # before the work
-    return Path(value)
+    place = Path(at_home(value, "--metrics"))
+    check_own_file(place, "a file of metrics", is_metrics)  # before the work
+    return place
 
 
 SPECIAL: dict[str, dict[str, Any]] = {

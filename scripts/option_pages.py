@@ -42,8 +42,8 @@ Every option of every command, in the groups of `--help`, written by `scripts/wr
 `--learning-rate` on the command line is `learning_rate` in Python, `learning-rate` in
 [a run file](run-file.md) and in the TOML file of `--config`, and the environment variable
 `CONSOLIDATE_FINETUNE_LEARNING_RATE`. The options of the groups Output and Other options have no
-keyword in Python, `--log-every` excepted. `fisher` and `finetune` make a result again if an option
-that changes it has another value; otherwise the result is up to date.
+keyword in Python, `--log-every` and `--dry-run` excepted. `fisher` and `finetune` make a result
+again if an option that changes it has another value; otherwise the result is up to date.
 """
 
 

@@ -46,11 +46,12 @@ from consolidate.training.loop import default_statistics
 from consolidate.views.matrix import ledger_matrix, matrix_summary
 from formats.atomic import has_content, replace_folder, write_file
 from formats.benchmark import benchmark_task
-from formats.checkpoint import open_checkpoint, weight_records
+from formats.checkpoint import CARD, open_checkpoint, weight_records
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import read_ledger
 from formats.hub import locate
+from formats.rows import file_digest
 from formats.run_file import RunFile, read_run_file
 from formats.step_record import StepRecord, read_step_record, write_step_record
 from formats.task_file import looks_like_hub_id, open_task, read_task_file
@@ -293,7 +294,8 @@ def _fresh(run_file: RunFile, defaults: Mapping[str, Any]) -> Fresh:
     where, folder = str(run_file.path), run_file.path.parent
     if run_file.revision is not None or run_file.fisher is not None:
         raise UsageError(f"{where}: revision and fisher need a start: set start, or leave them out")
-    options = {**defaults, **read_options(run_file.tasks[0].options, folder)}
+    with _located(_place(run_file, 1)):
+        options = {**defaults, **read_options(run_file.tasks[0].options, folder)}
     if "model" not in options:
         raise UsageError(
             f"{where}: no model to start from: set start to a checkpoint, or model to a factory "
@@ -364,6 +366,11 @@ def _identity(checkpoint: Path) -> dict[str, Any]:
     return checkpoint_content(source, ledger, read_ledger(ledger).weights)
 
 
+def _card_digest(checkpoint: Path) -> str | None:
+    card = checkpoint / CARD
+    return file_digest(card) if card.is_file() else None
+
+
 def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
     """Say why a step has to be done; None if it is up to date."""
     record = read_step_record(step.record)
@@ -381,7 +388,8 @@ def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
     try:
         if find_fisher(step.target, None) is not None:
             verify(VerifyOptions((step.target,)))
-        if _identity(step.target) != record.made:
+        found = _identity(step.target)
+        if any(record.made.get(key) != value for key, value in found.items()):  # the card may
             return "its checkpoint was changed"
     except ConsolidateError as error:
         return f"its checkpoint is damaged: {error}"
@@ -408,7 +416,8 @@ def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
         fisher(replace(makes, saving=replace(makes.saving, restart=restart)), again=again)
     else:
         finetune(replace(makes, saving=replace(makes.saving, restart=restart)), again=again)
-    write_step_record(step.record, StepRecord(described, _identity(step.target)))
+    made = _identity(step.target) | {"card": _card_digest(step.target)}
+    write_step_record(step.record, StepRecord(described, made))
 
 
 def _refuse_additions(step: Step, record: StepRecord | None) -> None:
@@ -419,7 +428,8 @@ def _refuse_additions(step: Step, record: StepRecord | None) -> None:
         files = _identity(step.target)["files"]
     except ConsolidateError:
         return  # damaged
-    if files != record.made["files"]:
+    card = _card_digest(step.target)
+    if files != record.made["files"] or card != record.made.get("card", card):
         raise InputError(
             f"{step.target} has files that were added or changed since the step was made, and "
             "would be lost: move them away, or delete the folder"

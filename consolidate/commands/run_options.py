@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_origin
 
-from consolidate.fields import Flat, checked, fits, flat_options, words_of
+from consolidate.fields import Flat, at_home, checked, fits, flat_options, words_of
 from consolidate.options import FinetuneOptions, FisherOptions
 from formats.errors import InputError
 from formats.task_file import resolve
@@ -75,7 +75,7 @@ def _read(flat: Flat, value: Any, folder: Path) -> Any:
     if value == "" or value is None or not fits(flat.kinds, value):
         raise InputError(f"{flat.flag}: expected {words_of(flat)}, found {value!r}")
     if flat.option.written:
-        value = str(folder / value)
+        value = str(folder / at_home(value, flat.flag))
     elif Path in flat.kinds:
         value = resolve(value, folder)
     elif flat.names_data:

@@ -54,10 +54,10 @@ def penalty_callback(penalty: WeightPenalty, *, step: str = "gradient") -> Any:
         hook: Any = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if getattr(state, _CALLBACK, self) is not self:
+            if hasattr(state, _CALLBACK):  # a state is of one training
                 raise UsageError(
-                    "the Trainer has two penalty callbacks, and would clip before the second adds "
-                    "its gradient: give it one"
+                    "the Trainer has two penalty callbacks, or one twice, and would clip before "
+                    "the second adds its gradient: give it one, once"
                 )
             setattr(state, _CALLBACK, self)
             _check_steps(kwargs["optimizer"])

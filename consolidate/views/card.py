@@ -9,7 +9,7 @@ from huggingface_hub import CardData, EvalResult, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from consolidate.views.card_text import Subject, card_text, library
 from consolidate.views.markdown import escaped
@@ -20,6 +20,7 @@ from formats.fisher_json import Ledger, benchmarks_of
 MAX_CARD_BYTES = 2**20
 BEGIN = "<!-- consolidate:begin {}(each push rewrites everything up to the end mark) -->"
 END = "<!-- consolidate:end -->"
+_MOST_RESULTS = 2000  # of earlier models none beyond, for the size of the card
 SOURCE = "consolidate ledger"
 TAGS = ("consolidate", "ewc")
 _LICENCE = ("license", "license_name", "license_link")
@@ -57,7 +58,9 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     """
     existing = existing or ""
     windows = 0 < existing.count("\n") == existing.count("\r\n")
-    card = _read(existing.replace("\r\n", "\n") if windows else existing)
+    existing = existing.replace("\r\n", "\n") if windows else existing
+    card = _read(existing)
+    found = REGEX_YAML_BLOCK.search(existing.removeprefix("\ufeff"))
     ours = _BLOCK.search(card.text)
     if ours and not subject.base_model:
         subject = replace(subject, base_model=_named(card, subject.repository))
@@ -77,7 +80,8 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
         heading = f"# {escaped(name)}\n\n" if name else ""
         start = f"{card.text.rstrip()}\n\n" if rest.strip() else f"\n{heading}"
         card.text = f"{start}{block}\n"
-    return str(card).replace("\n", "\r\n") if windows else str(card)
+    text = f"---\n{_front_matter(card, found)}\n---\n{card.text}"
+    return text.replace("\n", "\r\n") if windows else text
 
 
 def named_models(existing: str) -> tuple[str, ...]:
@@ -120,6 +124,42 @@ def _read(existing: str) -> ModelCard:
     return card
 
 
+def _front_matter(card: ModelCard, found: re.Match[str] | None) -> str:
+    """Write the metadata: a field that is as it was keeps its text, with the comments above it."""
+    data, texts = card.data.to_dict(), {} if found is None else _fields(found[2])
+    before = {} if found is None else yaml.safe_load(found[2]) or {}
+    lines = []
+    for key in dict.fromkeys([*before, *data]):
+        if key not in data:
+            continue
+        same = key in texts and repr(before[key]) == repr(data[key])
+        lines.append(texts[key] if same else yaml_dump({key: data[key]}, sort_keys=False).rstrip())
+    return "\n".join(lines) or "{}"
+
+
+def _fields(block: str) -> dict[Any, str]:
+    """Give the text of each field of metadata; none where they cannot be told apart."""
+    parts: list[str] = []
+    above: list[str] = []  # comments and empty lines
+    for line in block.split("\n"):
+        if not line.strip() or line.startswith("#"):
+            above.append(line)
+        elif line.startswith((" ", "-", "\t")) and parts:
+            parts[-1] = "\n".join([parts[-1], *above, line])
+            above = []
+        else:
+            parts.append("\n".join([*above, line]))
+            above = []
+    try:
+        fields = [(yaml.safe_load(part), part) for part in parts]
+        texts = {key: part for one, part in fields for key in one if len(one) == 1}
+        together = {key: value for one, _ in fields for key, value in one.items()}
+        whole = len(texts) == len(parts) and repr(together) == repr(yaml.safe_load(block))
+        return texts if whole else {}
+    except (yaml.YAMLError, TypeError, AttributeError):
+        return {}
+
+
 def _named(card: ModelCard, repository: str = "") -> tuple[str, ...]:
     """Give the models that a card with our block names as bases; none for other cards."""
     ours = _BLOCK.search(card.text)
@@ -148,7 +188,12 @@ def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> N
     index = _kept_results(data.pop("model-index", None) or [])
     if not subject.fisher_only and (results := evaluation_results(ledger, subject)):
         name = subject.repository.rpartition("/")[2] or "model"
-        ours = eval_results_to_model_index(name, results)[0]
+        ours: dict[str, Any] = {"name": name, "results": []}
+        by_task: dict[str, list[EvalResult]] = {}
+        for result in results:
+            by_task.setdefault(result.dataset_name, []).append(result)
+        for some in by_task.values():  # as tasks of one dataset are one to the library
+            ours["results"] += eval_results_to_model_index(name, some)[0]["results"]
         for result in ours["results"] if not subject.repository else ():
             del result["source"]["url"]  # the library requires one beside a name
         same = next((model for model in index if model.get("name") == name), None)
@@ -214,4 +259,6 @@ def evaluation_results(ledger: Ledger, subject: Subject) -> list[EvalResult]:
                     source_url=f"{subject.endpoint}/{subject.repository}",
                 )
             )
+        if len(results) > _MOST_RESULTS:
+            break
     return results

@@ -172,7 +172,7 @@ def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, fl
 
 def _run_file(path: str | Path) -> dict[str, Any]:
     try:
-        return _flat("", tomllib.loads(Path(path).read_text("utf-8")))
+        return _flat("", tomllib.loads(Path(path).read_text("utf-8-sig")))
     except (OSError, ValueError):
         return {}  # the command reports what is wrong with it
 

@@ -243,7 +243,16 @@ def test_files_that_were_added_to_a_step_are_not_lost(tasks: Path, tmp_path: Pat
         edit(tasks, "epochs = 2", "epochs = 3")
     added.unlink()
     consolidate.run(tasks)
+    card = added.with_name("README.md")
+    written = card.read_text()
+    card.write_text(written + "Mine.\n")
     assert reasons(consolidate.run(tasks)) == {}
+    edit(tasks, "epochs = 3", "epochs = 2")
+    with pytest.raises(InputError, match="02-b has files that were added or changed"):
+        consolidate.run(tasks)
+    assert card.read_text() == written + "Mine.\n"
+    edit(tasks, "epochs = 2", "epochs = 3")
+    assert reasons(consolidate.run(tasks)).keys() == {"01-a"}
 
 
 def test_a_task_after_the_first_is_never_left_without_its_penalty(

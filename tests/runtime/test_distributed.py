@@ -247,9 +247,11 @@ def test_an_option_that_is_refused_is_told_once(
     for more, message in (
         (("--modl", "x"), "No such option"),
         (("--objective", "regression", "--device", "cuda:0"), "each process needs its own"),
+        (("--batch-size", "0", "--json"), "--batch-size 0: expected"),
     ):
-        codes, _, errors = run(2, *FISHER, NETWORK["model"], *more)
+        codes, printed, errors = run(2, *FISHER, NETWORK["model"], *more)
         assert codes == [2, 2], errors
+        assert printed.count("exit_code") == ("--json" in more)
         assert errors.count("error:") == 1
         assert message in errors
     for command in (("show", "start"), ("run", "chain.toml")):

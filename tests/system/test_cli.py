@@ -207,14 +207,27 @@ def test_a_failing_command_says_so_in_json_too(
             *('"$@" >/dev/full', ["--version"], 3, "error: output: no space left\n"), marks=FULL
         ),
         ('trap "" PIPE; { "$@"; echo $? >&2; } | true', ["fisher", "--help"], 0, "141\n"),
+        (
+            *('trap "" PIPE; { "$@"; echo $? >&2; } | true', ["show", "no such", "--json"], 0),
+            "error: no such: no such file or folder\n3\n",
+        ),
     ],
 )
 def test_what_is_closed_is_not_written_to(
     tmp_path: Path, shell: str, words: list[str], code: int, err: str
 ) -> None:
     command = ["sh", "-c", shell, "sh", sys.executable, "-m", "consolidate", *words]
-    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    # What is buffered is written, and fails, once more when the interpreter ends.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (code, err)
+
+
+def test_alone_it_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: consolidate [OPTIONS] COMMAND")
+    assert "see consolidate --help" not in err
 
 
 def test_numbers_that_are_not_finite_leave_with_4(
@@ -575,10 +588,11 @@ def test_the_home_folder_in_every_path(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     start, data = f"~/{network_checkpoint.name}", f"~/{write_task('old').name}"
-    words = ("fisher", start, "--data", data, *MODEL, "--output-dir=~/out")
+    words = ("fisher", start, "--data", data, *MODEL, "--output-dir=~/out", "--metrics=~/m.json")
     code, _, err = run(capsys, *words)
     assert code == 0, err
     assert (tmp_path / "out/fisher/fisher.json").exists()
+    assert (tmp_path / "m.json").exists()
     code, _, err = run(capsys, "show", "~nobody-of-that-name/out")
     assert (code, "not a valid path" in err) == (3, True)
 

@@ -253,6 +253,11 @@ def test_a_second_callback_is_refused(tmp_path: Path) -> None:
     runner.add_callback(penalty_callback(penalty))
     with pytest.raises(UsageError, match="two penalty callbacks"):
         runner.train()
+    callback = penalty_callback(penalty)
+    runner = trainer(model, tmp_path, optimizer, callback)
+    runner.callback_handler.callbacks.insert(0, callback)
+    with pytest.raises(UsageError, match="or one twice"):
+        runner.train()
 
 
 @pytest.mark.parametrize("name", ["DeepSpeedOptimizerWrapper", "LayerWiseDummyOptimizer"])

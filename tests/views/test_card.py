@@ -151,12 +151,47 @@ def test_fields_and_lines_stay_as_a_person_left_them(ledger: Ledger) -> None:
     data = metadata(card)
     kept = ["zeta", "model-index", "license", "language", "tags", "library_name"]
     assert list(data) == kept
+    assert card.startswith("---\nzeta: 1\nmodel-index:\n- name: theirs\n")
+    assert "\nlicense:\nlanguage: no\ntags:\n- consolidate\n- ewc\n" in card
     assert (data["license"], data["language"]) == (None, False)
     assert data["model-index"][0] == yaml.safe_load(theirs.split("---\n")[1])["model-index"][0]
     windows = model_card(theirs.replace("\n", "\r\n"), ledger, SUBJECT)
     assert windows == card.replace("\n", "\r\n")
     assert model_card(windows, ledger, SUBJECT) == windows
     assert model_card("\ufeff" + theirs, ledger, SUBJECT) == card
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ("# why\nversion: 1.10  # not 1.1\n\n# tags of mine\ntags: [a, ewc]\nx: {y: no}", True),
+        ("note: |\n  # not a comment\n\n  text\nlanguage:\n- no\n# between\n- en", True),
+        ("a: &x [1]\nb: *x", False),  # fields that do not stand alone
+        ("{a: 1, b: no}", False),
+    ],
+)
+def test_metadata_that_nobody_changed_keep_their_text(
+    ledger: Ledger, fields: str, kept: bool
+) -> None:
+    card = model_card(f"---\n{fields}\n---\n# Mine\n", ledger, SUBJECT)
+    theirs, data = yaml.safe_load(fields), metadata(card)
+    assert {key: data[key] for key in theirs if key != "tags"} == {
+        key: value for key, value in theirs.items() if key != "tags"
+    }
+    for line in fields.splitlines():
+        assert not kept or line in card or line.startswith(("tags:", "# tags"))
+    assert model_card(card, ledger, SUBJECT) == card
+
+
+def test_tasks_of_one_dataset_keep_their_scores_apart(ledger: Ledger) -> None:
+    tasks = [replace(task, data="them/glue") for task in ledger.tasks]
+    data = metadata(model_card(None, replace(ledger, tasks=tasks), SUBJECT))
+    found = {
+        (result["dataset"]["name"], metric["value"])
+        for result in data["model-index"][0]["results"]
+        for metric in result["metrics"]
+    }
+    assert found == {("old", 0.8), ("old", 0.9), ("new", 0.7)}
 
 
 def test_the_card_of_another_repository_names_the_base(ledger: Ledger) -> None:
