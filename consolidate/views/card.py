@@ -151,10 +151,10 @@ def _fields(block: str) -> dict[Any, str]:
             parts.append("\n".join([*above, line]))
             above = []
     try:
-        fields = [(yaml.safe_load(part), part) for part in parts]
+        fields = [(yaml.safe_load(f"{part}\n"), part) for part in parts]
         texts = {key: part for one, part in fields for key in one if len(one) == 1}
         together = {key: value for one, _ in fields for key, value in one.items()}
-        whole = len(texts) == len(parts) and repr(together) == repr(yaml.safe_load(block))
+        whole = len(texts) == len(parts) and repr(together) == repr(yaml.safe_load(f"{block}\n"))
         return texts if whole else {}
     except (yaml.YAMLError, TypeError, AttributeError):
         return {}
