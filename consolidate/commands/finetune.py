@@ -35,7 +35,12 @@ from consolidate.commands.finetune_self import as_fisher, fisher_of_itself, with
 from consolidate.commands.finetune_start import Start, load_start, master_dtype
 from consolidate.commands.finetune_weights import UNMOVED
 from consolidate.commands.fisher import measure_alone
-from consolidate.commands.measurement import kept_work, measure_fisher, settled_estimation
+from consolidate.commands.measurement import (
+    check_measurable,
+    kept_work,
+    measure_fisher,
+    settled_estimation,
+)
 from consolidate.commands.run_options import fisher_options
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.options import FinetuneOptions, FisherOptions, Merging
@@ -139,13 +144,14 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     start = load_start(plan, cut)
     measure = _measuring(plan, start)
     statistics = _running_statistics(plan, start)
-    log_replay(start, plan.recipe)
     budget = options.search.budget
     try:
         search = searched(plan, start, work, found)
         comparison, found = train_without_penalty(plan, start, work, found, search)
         controller = None if budget is None else Controller(budget, start, plan.recipe, found)
         moving = _interpolator(plan, start, measure, found)
+        trained_on = start if moving is None else replace(start, examples=moving.examples)
+        log_replay(trained_on, plan.recipe)
         start_timing()
         trained = train(
             start,
@@ -269,6 +275,8 @@ def _measuring(plan: Plan, start: Start) -> Callable[..., FisherDiagonal]:
     asked = plan.options.estimation
     asked = replace(asked, batch_size=asked.batch_size or plan.recipe.batch_size)
     estimation = settled_estimation(asked, start.model, start.examples, prefix="fisher-")
+    if not plan.options.measuring.no_fisher or plan.options.interpolating.interpolation == "fisher":
+        check_measurable(start.model, start.examples, estimation)
     return partial(
         measure_fisher,
         start.model,

@@ -125,6 +125,9 @@ def report_cached(plan: "Plan", ledger: Ledger) -> FinetuneCached:
     texts = plan.options.penalty.save_generated
     if texts is not None and not Path(texts).exists():
         LOG.info("--save-generated: no text is generated, as %s is up to date", plan.target)
+    picture = plan.options.search.search_plot
+    if picture is not None and not Path(picture).exists():
+        LOG.info("--search-plot: nothing is searched, as %s is up to date", plan.target)
     if plan.options.gate.compare_none:
         LOG.info("--compare-none: nothing is trained, as %s is up to date", plan.target)
     known = _known(plan, plan.target, ledger, recorded_fisher(ledger), statistics)

@@ -25,7 +25,7 @@ from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
 from consolidate.data.replay import Replay, check_alike
 from consolidate.ewc.penalty import WeightPenalty
-from consolidate.models.adapters import load
+from consolidate.models.adapters import load, refuse_unmergeable
 from consolidate.models.architectures import lacks_head
 from consolidate.models.lora import adapt, low_rank_layers
 from consolidate.models.model import Model
@@ -37,6 +37,7 @@ from formats.errors import UsageError
 from formats.rows import Rows
 from formats.task_file import TaskFile, open_task
 from formats.tensors import dtype_of
+from formats.wording import first_line
 
 if TYPE_CHECKING:
     from consolidate.commands.finetune_plan import Plan
@@ -128,7 +129,11 @@ def _penalized(
     forecast = forecast_of(plan, fitted, None)  # before the adapter freezes the weights
     loaded = fitted.model
     whole = {*fitted.free, *loaded.layout.fresh, *_head(plan, loaded)}
-    frozen = adapt(loaded, plan.lora, whole, with_heads.values(), seed=plan.recipe.seed)
+    try:
+        frozen = adapt(loaded, plan.lora, whole, with_heads.values(), seed=plan.recipe.seed)
+    except ValueError as error:  # of peft, about layers that it does not adapt
+        raise UsageError(f"--lora-targets: {first_line(error)}") from error
+    refuse_unmergeable(loaded.module)
     _check_adapted(loaded, fitted.before, with_heads)
     return frozen, penalty_of(plan, fitted), forecast
 

@@ -12,7 +12,7 @@ from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.data.examples import Examples, subset
 from consolidate.estimation.batches import eval_mode, model_outputs, place_of, placed
 from consolidate.estimation.estimates import FisherDiagonal
-from consolidate.estimation.fisher_diagonal import fisher_diagonal
+from consolidate.estimation.fisher_diagonal import check_outcomes, fisher_diagonal, measurable
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.model import Model
 from consolidate.options import (
@@ -199,11 +199,25 @@ def settled_on_texts(estimation: Estimation, model: Model, *, unchanged: bool) -
     return settled_estimation(replace(estimation, estimator=estimation.estimator or own), model)
 
 
+def check_measurable(model: Model, examples: Examples, estimation: Estimation) -> None:
+    """Refuse before a training what the Fisher of its task would refuse after it."""
+    if any(p.requires_grad for p in model.module.parameters()):  # else nothing can be trained
+        measurable(model.module)
+    if estimation.estimator == "exact":
+        assert estimation.max_outcomes is not None
+        check_outcomes(_outcomes(model, examples), estimation.max_outcomes)
+
+
 def default_estimator(model: Model, examples: Examples) -> str:
     """Return ``exact`` where an example has up to EXACT_UP_TO outcomes, and ``mc`` beyond."""
+    return "exact" if _outcomes(model, examples) <= EXACT_UP_TO else "mc"
+
+
+def _outcomes(model: Model, examples: Examples) -> int:
+    """Return how many outcomes the longest example has."""
+    longest = max(range(len(examples)), key=examples.length)
     with eval_mode(model.module), torch.no_grad():
-        batch = next(iter(examples.batches(1, order=[0])))
+        batch = next(iter(examples.batches(1, order=[longest])))
         inputs, labels = placed(place_of(model.module), *batch)
         outputs = model_outputs(model.module, inputs, labels)
-    outcomes = get_likelihood(model.objective.likelihood).outcomes(outputs, labels)
-    return "exact" if outcomes <= EXACT_UP_TO else "mc"
+    return get_likelihood(model.objective.likelihood).outcomes(outputs, labels)

@@ -116,10 +116,14 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a module in eval mode for a block, and restore the mode of each submodule after it."""
     modes = [(module, module.training) for module in model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    if any(hasattr(module, "base_layer") for module, _ in modes):
+        torch.backends.mha.set_fastpath_enabled(False)  # It would leave adapters out.
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, training in modes:
             module.training = training
 

@@ -75,11 +75,7 @@ def score_vectors(
     likelihood.check_labels(outputs, labels)
     match estimator.name:
         case "exact":
-            if (outcomes := likelihood.outcomes(outputs, labels)) > estimator.max_outcomes:
-                raise UsageError(
-                    f"the exact Fisher needs {outcomes} backward passes per example, more than "
-                    f"{estimator.max_outcomes}; use the estimator mc, or raise max_outcomes"
-                )
+            check_outcomes(likelihood.outcomes(outputs, labels), estimator.max_outcomes)
             yield from likelihood.exact_scores(outputs, labels)
         case "empirical":
             yield likelihood.observed_scores(outputs, labels)
@@ -178,7 +174,7 @@ def fisher_diagonal(
     _check_group(group)
     samples = mc_samples if estimator in ("mc", "batched") else None
     method = Estimator(estimator, samples, seed, max_outcomes)
-    parameters = _measurable(model)
+    parameters = measurable(model)
     scores = Scores(
         partial(_finite_outputs, model),
         partial(score_vectors, method, likelihood),
@@ -270,7 +266,16 @@ def _check_group(group: ProcessGroup | None) -> None:
         )
 
 
-def _measurable(model: nn.Module) -> dict[str, nn.Parameter]:
+def check_outcomes(outcomes: int, most: int) -> None:
+    """Refuse more outcomes of an example than `exact` may sum over."""
+    if outcomes > most:
+        raise UsageError(
+            f"the exact Fisher needs {outcomes} backward passes per example, more than {most}; use "
+            "the estimator mc, or raise max_outcomes"
+        )
+
+
+def measurable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require gradients; refuse a model that has no Fisher."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -323,7 +328,7 @@ def _blocks(
     if not blocks and note is not None:
         note(
             "structure inputs: no layer is covered, so only the diagonal is measured (covered are "
-            "linear layers and convolutions without groups, not tied, whose inputs are at most 4 "
+            "linear layers and 1D or 2D convolutions without groups, not tied, of at most 4 "
             "times their outputs)"
         )
     return blocks

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from consolidate.models.loading import load_model
 from consolidate.models.lora import import_peft, low_rank_layers
@@ -83,6 +83,7 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
         ) from error
     layout = layout_of(module, checkpoint)
     low_rank_layers(module)
+    refuse_unmergeable(module)
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, tensor in layout.to_module(checkpoint.weights).items():
@@ -90,6 +91,25 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
     module.eval()
     model.base_layout = model.layout
     model.checkpoint, model.layout = checkpoint, layout
+
+
+def refuse_unmergeable(module: nn.Module) -> None:
+    """Refuse adapted layers that compute otherwise than peft's factors: B A would not be W's."""
+    for name, layer in module.named_modules():
+        base = getattr(layer, "base_layer", None)
+        if base is None:
+            continue
+        settings = {
+            "padding_mode": getattr(base, "padding_mode", "zeros") != "zeros",
+            "dilation": any(step != 1 for step in getattr(base, "dilation", ())),
+            "max_norm": getattr(base, "max_norm", None) is not None,
+        }
+        for setting, differs in settings.items():
+            if differs:
+                raise UsageError(
+                    f"{name} has {setting}={getattr(base, setting)!r}, which the adapter's factors "
+                    "have not, and merged it would be another function: leave it out"
+                )
 
 
 def _check_ranks(config: Mapping[str, Any], weights: Mapping[str, Tensor], where: Path) -> None:

@@ -164,6 +164,12 @@ def outputs_of_first(model: Model, first: Tensor, where: str, hint: str = "") ->
             f"{where}: the model does not accept inputs of shape {list(first.shape)} and dtype "
             f"{str(first.dtype).removeprefix('torch.')}: {error}{hint}"
         ) from error
+    if isinstance(outputs, dict):
+        outputs = outputs.get("logits", outputs)
+    outputs = getattr(outputs, "logits", outputs)
     if not isinstance(outputs, Tensor):
-        outputs = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+        raise InputError(
+            f"{where}: model output of type {type(outputs).__name__}: expected a tensor, or "
+            "`logits` in it"
+        )
     return outputs

@@ -261,6 +261,8 @@ def training_steps(
         _check_finite("loss", loss, step)
         if not sharded:
             _sum_gradients(trained, group)
+        if not isinstance(optimizer, torch.optim.SGD):  # Adam takes none that are sparse
+            _make_dense(trained)
         scaler.unscale_(optimizer)
         if penalty is not None and proximal is None:
             penalty_value = penalty.value_and_add_gradient_().item()
@@ -336,9 +338,14 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup | Non
     for parameter in reached:  # perhaps by no example of this process
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        elif parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.to_dense()
+    _make_dense(reached)
     sum_([p.grad for p in reached if p.grad is not None], group)
+
+
+def _make_dense(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
 
 
 @torch.no_grad()

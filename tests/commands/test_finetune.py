@@ -300,6 +300,47 @@ def test_an_output_folder_that_holds_something_is_kept(
     assert (out / "model.safetensors").is_file()
 
 
+def unnormed_network() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Unflatten(1, (2, 3)), torch.nn.BatchNorm1d(2, track_running_stats=False),
+        torch.nn.Flatten(), torch.nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+class Pairs(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), None
+
+
+def pairs_network() -> torch.nn.Module:
+    return Pairs(6, 3)
+
+
+def test_what_has_no_fisher_is_refused_before_the_training(
+    train: Train, write_task: Write, tmp_path: Path
+) -> None:
+    options = {"penalty": "none", "epochs": 10**9}
+    message = "the exact Fisher needs 3 backward passes per example, more than 2"
+    with pytest.raises(UsageError, match=message):
+        train(fisher_estimator="exact", fisher_max_outcomes=2, **options)
+    start = tmp_path / "unnormed"
+    start.mkdir()
+    save_file(unnormed_network().state_dict(), start / "model.safetensors")
+    options |= FAST | {"model": f"{__name__}:unnormed_network", "output_dir": tmp_path / "out"}
+    with pytest.raises(InputError, match=r"'1' \(BatchNorm1d\) has no running statistics"):
+        consolidate.finetune(start, write_task("new"), **options)
+    done = consolidate.finetune(start, write_task("new"), **options | {"epochs": 1}, no_fisher=True)
+    assert done["status"] == "done"
+
+
+def test_a_module_that_returns_no_tensor_is_named(write_task: Write, tmp_path: Path) -> None:
+    save_file(pairs_network().state_dict(), tmp_path / "pairs.safetensors")
+    with pytest.raises(InputError, match="model output of type tuple: expected a tensor, or"):
+        consolidate.evaluate(
+            tmp_path / "pairs.safetensors", write_task("new"), model=f"{__name__}:pairs_network"
+        )
+
+
 def test_a_run_that_diverges_leaves_nothing(
     network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:

@@ -227,6 +227,10 @@ def test_the_command_prints_the_curve_and_draws_it(
     assert "The search took 2 runs, 16 steps" in out
     assert "λ = 100, 8 steps: a" in err
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "curve.png").unlink()
+    code, out, err = run(capsys, *words, "--validation", f"a={held}", "--json")
+    assert (code, json.loads(out)["status"]) == (0, "cached")
+    assert "--search-plot: nothing is searched, as" in err
     code, out, _ = run(capsys, *words, "--json")
     assert code == 0
     assert json.loads(out)["lambda_search"]["select"] == "largest"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 import consolidate
+from consolidate.commands.measurement import default_estimator
 from consolidate.data.encoding import encode, unread_columns
 from consolidate.data.examples import Examples, Part, hold_out, subset
 from consolidate.data.labels import Labels, label_names, label_values
@@ -459,6 +460,10 @@ def test_words_label_their_first_token(tmp_path: Path) -> None:
         [-100, 2, -100, -100, -100, -100, -100],
     ]
     assert inputs["attention_mask"].sum(1).tolist() == [7, 3]
+    assert default_estimator(model, examples) == "exact"
+    tags = {"tokens": ["the"] * 6, "ner_tags": [0] * 6}  # 3 labels of each
+    first = {"tokens": ["rain"], "ner_tags": [2]}
+    assert default_estimator(model, encode(jsonl(tmp_path, first, tags), model)) == "mc"
     with pytest.raises(InputError, match="1 labels for 2 words"):
         encode(jsonl(tmp_path, {"tokens": ["a", "b"], "labels": [0]}), model)
 

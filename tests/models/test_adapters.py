@@ -19,7 +19,7 @@ from consolidate.chain.opening import with_base
 from consolidate.data.encoding import encode
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.low_rank_penalty import MergedPenalty
-from consolidate.models.adapters import load
+from consolidate.models.adapters import load, refuse_unmergeable
 from consolidate.models.lora import Lora, add_lora, low_rank_layers, merge_lora
 from consolidate.models.model import file_weights
 from consolidate.views.summary import show_text
@@ -597,6 +597,21 @@ def test_a_module_of_the_users_own_takes_an_adapter(
     options |= {"lora_targets": ()}
     with pytest.raises(UsageError, match="name them with --lora-targets, such as 0, 2"):
         finetune(network_checkpoint, write_task("new", 1), output_dir=tmp_path / "no", **options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "setting"),
+    [
+        (torch.nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular"), "padding_mode='circular'"),
+        (torch.nn.Conv2d(2, 4, 3, padding="same", dilation=2), r"dilation=\(2, 2\)"),
+        (torch.nn.Embedding(5, 4, max_norm=1.0), r"max_norm=1\.0"),
+    ],
+)
+def test_layers_that_the_factors_do_not_follow_are_refused(layer: torch.nn.Module, setting: str):
+    module = torch.nn.Sequential(layer)
+    add_lora(module, Lora(rank=2, targets=["0"]))
+    with pytest.raises(UsageError, match=f"0 has {setting}, which the adapter's factors have not"):
+        refuse_unmergeable(module)
 
 
 def test_the_head_trains_whole_beside_the_adapter_where_it_is_asked_to(

@@ -6,6 +6,7 @@ import torch
 import transformers
 from torch import nn
 
+from consolidate.estimation.batches import eval_mode
 from consolidate.models.adapters import load
 from consolidate.models.lora import Lora, add_lora, low_rank_layers, merge_lora
 from consolidate.models.model import file_weights
@@ -78,3 +79,22 @@ def test_without_peft_it_says_what_to_install(gpt2: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"pip install 'consolidate-ewc\[peft\]', or '\.\[peft\]'"):
         add_lora(module, Lora(rank=2))
+
+
+def test_evaluations_see_the_adapter_of_an_encoder_layer():
+    """In eval mode torch passes the weights of such a layer to one function of its own."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    inputs = torch.randn(3, 4, 8)
+    with eval_mode(layer), torch.no_grad():
+        before = layer(inputs)
+    add_lora(layer, Lora(rank=2, targets=["linear1", "linear2"]))
+    for adapted in low_rank_layers(layer).values():
+        nn.init.normal_(adapted.b)
+    with eval_mode(layer), torch.no_grad():
+        found = layer(inputs)
+    assert torch.backends.mha.get_fastpath_enabled()
+    merge_lora(layer)
+    with eval_mode(layer), torch.no_grad():
+        torch.testing.assert_close(found, layer(inputs))
+    assert not torch.allclose(found, before)

@@ -292,6 +292,20 @@ def test_a_loss_that_is_not_finite_takes_no_step() -> None:
     assert torch.equal(model[0].weight, start[0].weight)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_sparse_gradients_are_learned_from_like_dense_ones(name: str) -> None:
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(6, 3, sparse=sparse), nn.Flatten(), nn.Linear(6, 3))
+        data = [(torch.tensor([[0, 1], [1, 4]]), torch.tensor([0, 2]))] * 3
+        optimizer = make_optimizer(name, model.parameters(), learning_rate=0.1)
+        scheduler = make_scheduler("constant", optimizer, warmup_steps=0, total_steps=3)
+        list(training_steps(model, data, SOFTMAX, optimizer, scheduler, Recipe()))
+        found.append(model[0].weight)
+    torch.testing.assert_close(*found)
+
+
 def test_frozen_parameters_do_not_move() -> None:
     model = network()
     model[0].weight.requires_grad_(False)
