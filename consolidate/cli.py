@@ -105,8 +105,14 @@ def _fail(message: str, code: int, state: dict[str, bool]) -> NoReturn:
     click.echo(plain(f"{kind}{message}"), err=True)
     if state.get("json") and not state.get("written"):
         with suppress(OSError):  # stderr has it
-            click.echo(json_text({"status": "failed", "exit_code": code, "error": message}))
+            click.echo(_json({"status": "failed", "exit_code": code, "error": message}))
     _exit(code)
+
+
+def _json(result: Mapping[str, Any]) -> str:
+    """Give a result as JSON in characters that stdout has: others would not be JSON's escapes."""
+    encoding = str(getattr(sys.stdout, "encoding", None) or "utf-8")
+    return json_text(result, ascii_only=not encoding.lower().startswith("utf"))
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -434,7 +440,7 @@ def _flush_denormals() -> None:
 
 def _write(result: Any, json: bool, text: Callable[[Any], str]) -> None:
     if rank() == 0:
-        click.echo(json_text(result) if json else plain(text(result)))
+        click.echo(_json(result) if json else plain(text(result)))
     click.get_current_context().ensure_object(dict)["written"] = True
 
 

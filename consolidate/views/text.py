@@ -32,9 +32,9 @@ def plain(text: str) -> str:
     return printable(text, keep="\n")
 
 
-def json_text(result: Mapping[str, Any]) -> str:
+def json_text(result: Mapping[str, Any], *, ascii_only: bool = False) -> str:
     """Give a result as JSON; what is not printable is escaped, what is not finite is null."""
-    printed = json.dumps(_finite(result), ensure_ascii=False, indent=2, allow_nan=False)
+    printed = json.dumps(_finite(result), ensure_ascii=ascii_only, indent=2, allow_nan=False)
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in printed)
 
 

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from formats import hub_errors
-from formats.errors import InputError, NetworkError
+from formats.errors import AccessError, InputError, NetworkError
 from formats.hub_errors import hub_call
 from scripts.robustness.lying_hub import (
     CASES,
@@ -174,3 +174,13 @@ def test_a_transfer_that_fills_the_disk_is_not_tried_again(
     monkeypatch.setattr(hub_errors, "_in_client", lambda error: True)
     found = hub_errors.explain(kind(text))
     assert type(found) is (InputError if full else NetworkError)
+
+
+@pytest.mark.parametrize(
+    ("kind", "meant"), [(PermissionError, AccessError), (FileNotFoundError, InputError)]
+)
+def test_what_the_storage_refuses_is_not_tried_again(
+    kind: type[OSError], meant: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_errors, "_in_client", lambda error: True)
+    assert type(hub_errors.explain(kind("xet: no"))) is meant

@@ -577,6 +577,10 @@ def test_letters_that_the_terminal_lacks_end_no_command() -> None:
     code, out, err = finished(launched("finetune", "--help", variables=variables, text=False))
     assert (code, err) == (0, b"")
     assert b"\\u03bb" in out
+    words = ("show", "λ, é", "--json")
+    code, out, _ = finished(launched(*words, variables=variables, text=False))
+    assert code == 3
+    assert "λ, é" in json.loads(out.decode("ascii"))["error"]
 
 
 def test_the_home_folder_in_every_path(
