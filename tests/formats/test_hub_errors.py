@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import HfApi
 
 from formats import hub_errors
-from formats.errors import AccessError, InputError, NetworkError
-from formats.hub_errors import hub_call
+from formats.errors import InputError, NetworkError
+from formats.hub_errors import AccessError, hub_call
 from scripts.robustness.lying_hub import (
     CASES,
     LIMIT,
