@@ -128,14 +128,16 @@ SMALL_ATARI = replace(
 def plan(records: Sequence[Record], quick: bool) -> list[Unit]:
     """List the single games, the search on two of them, and once it is done all rows.
 
-    The view with channels comes first, and in it all seeds of what the paper claims.
+    The view with channels comes first, and in it all seeds of what the paper claims; single agents
+    of further seeds make their references better, and come after them.
     """
     return sorted(_units(records, quick), key=_turn)
 
 
-def _turn(unit: Unit) -> tuple[bool, bool, int]:
+def _turn(unit: Unit) -> tuple[bool, bool, bool, int]:
     seed = 0 if unit.method == SEARCH else unit.seed
-    return unit.settings["view"] == OCCUPIED, unit.method in LATER, seed
+    again = unit.method == SINGLE and seed > 0
+    return unit.settings["view"] == OCCUPIED, unit.method in LATER, again, seed
 
 
 def _units(records: Sequence[Record], quick: bool) -> list[Unit]:
