@@ -105,10 +105,10 @@ def fisher(
             model with a chat template reads each as a user's turn. (default: what the chat template
             writes before a user's words; without one the beginning-of-text token, else the end-of-
             text token)
-        temperature: Divide the logits by this before sampling texts. Labels are then sampled apart
-            from them.
+        temperature: Divide the logits by this before sampling texts. Labels are then sampled again,
+            from the model itself.
         top_p: Sample texts from the most likely tokens that together have this probability. Labels
-            are then sampled apart from them.
+            are then sampled again, from the model itself.
         save_generated: Write the texts to FILE as JSON Lines; they are not stored otherwise.
         columns: Names of the columns by role; None stands for the usual ones.
         split: Split of a dataset with several splits.
@@ -362,8 +362,8 @@ def finetune(
             not with `budget`.
         budget: In place of `ewc_lambda`: by how many nats the loss per example or token may rise on
             each earlier task in `validation`. λ is adjusted during the training; if the loss still
-            rises more, the weights are interpolated with the start. Exit with code 5 if none of
-            these keeps it.
+            rises more, the weights are interpolated with the start. Exit with code 5 if the new
+            task cannot be learned within the budget.
         validation: Held-out data of earlier tasks and of the new one, to choose λ or α on.
             (default: a tenth of the new task's data)
         select: Which λ to take. best-mean: the one with the best mean score; smallest: the smallest
@@ -451,7 +451,8 @@ def finetune(
         restart: Discard saved progress and start over.
         overwrite: Replace an existing output unless it is up to date.
         data_digest: Store a digest of the data in the ledger.
-        dry_run: Check what can be, take a few steps, and only report what the training would take.
+        dry_run: Check what can be checked, take a few steps, and only report what training would
+            take.
         on_step: Called after each optimizer step with its loss, its penalty and its learning rate;
             not for the candidates of a search.
 

@@ -191,7 +191,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 @click.version_option(package_name="consolidate-ewc", prog_name="consolidate")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Fine-tune checkpoints, forgetting less of earlier tasks.
+    """Fine-tune checkpoints with less forgetting of earlier tasks.
 
     Measure the Fisher of a checkpoint on its task's data, or on texts that it generates, store it
     beside the weights, and fine-tune on the next task with the Elastic Weight Consolidation (EWC)
@@ -221,7 +221,7 @@ def _note_misspelt_variables() -> None:
     for name in sorted(os.environ):
         if name.startswith("CONSOLIDATE_") and name not in known:
             near = get_close_matches(name, known, 1, 0.8)
-            LOG.warning(f"the variable {name} sets no option{suggestion(near)}")
+            LOG.warning(f"the environment variable {name} sets no option{suggestion(near)}")
 
 
 class _StderrHandler(logging.Handler):
@@ -296,7 +296,7 @@ def remap(**typed: Any) -> None:
     """Carry the Fisher over to the same weights under other names.
 
     CHECKPOINT has the new names. Its tensors are paired with those of the Fisher by their bytes,
-    and where several are alike by their names; other values are refused.
+    and by their names where several have the same bytes. Changed values are refused.
     """
     _do(typed, text_view.remap_text)
 

@@ -331,13 +331,14 @@ class Generation:
     )
     temperature: float = option(
         1.0,
-        "Divide the logits by this before sampling texts. Labels are then sampled apart from them.",
+        "Divide the logits by this before sampling texts. Labels are then sampled again, from the "
+        "model itself.",
         above=0,
     )
     top_p: float = option(
         1.0,
         "Sample texts from the most likely tokens that together have this probability. Labels are "
-        "then sampled apart from them.",
+        "then sampled again, from the model itself.",
         above=0,
         most=1,
     )
@@ -455,8 +456,8 @@ class Search:
         None,
         "In place of --ewc-lambda: by how many nats the loss per example or token may rise on each "
         "earlier task in --validation. λ is adjusted during the training; if the loss still rises "
-        "more, the weights are interpolated with the start. Exit with code 5 if none of these "
-        "keeps it.",
+        "more, the weights are interpolated with the start. Exit with code 5 if the new task "
+        "cannot be learned within the budget.",
         above=0,
     )
     validation: dict[str, str | Path] | None = option(
@@ -843,7 +844,7 @@ class FinetuneOptions:
     saving: Saving = part(Saving())
     dry_run: bool = option(
         False,
-        "Check what can be, take a few steps, and only report what the training would take.",
+        "Check what can be checked, take a few steps, and only report what training would take.",
         group="Output",
         **_PER_CALL,
     )

@@ -102,7 +102,7 @@ def _check_alone(folder: Path, name: str, config: Mapping[str, Any]) -> None:
     if adapter is not None and (folder / ADAPTER_CONFIG).exists():
         raise InputError(
             f"{folder} has {name} and an adapter, {adapter}, which transformers adds to it: move "
-            f"one of them elsewhere, with {ADAPTER_CONFIG}"
+            f"one of them elsewhere, the adapter with its {ADAPTER_CONFIG}"
         )
     named = config.get("transformers_weights")
     if named is not None and named != name.removesuffix(".index.json"):
@@ -204,7 +204,7 @@ def _model_name(folder: Path) -> str:
             raise InputError(
                 f"{folder}: expected one model, found {len(models)} ({', '.join(models[:5])}"
                 f"{', …' if len(models) > 5 else ''}); move all but one "
-                "elsewhere, as a file that is named by itself has no config.json"
+                "elsewhere: a weights file that is given by itself is read without config.json"
             )
         if models:
             return models[0]

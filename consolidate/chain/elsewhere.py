@@ -57,7 +57,8 @@ class Origin:
             renamed = next((f" (it may be {n!r} there)" for n in ends if first not in trained), "")
             raise InputError(
                 f"{model.checkpoint.path} does not have the tensors of {self.source.path}: "
-                f"{first!r} {others[first]}{renamed}; only a head may be new"
+                f"{first!r} {others[first]}{renamed}; only a head may be new: name the checkpoint "
+                "that training began from"
             )
         rest = [name for name in old if name not in stored.fisher]
         anchor: Mapping[str, Tensor] = stored.anchor or Overlaid(old, without=rest)

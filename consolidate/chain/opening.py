@@ -92,7 +92,7 @@ def _compare_configs(folder: Path, source: Checkpoint) -> None:
     if other:
         LOG.warning(
             "the config.json beside the Fisher, in %s, differs from that in %s: %s here: if the "
-            "weights compute otherwise now, measure again with `consolidate fisher`",
+            "model computes something else now, measure again with `consolidate fisher`",
             folder.parent,
             source.path,
             few(other, 4),

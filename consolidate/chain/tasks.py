@@ -125,7 +125,7 @@ def settled_merging(before: Chain | None, asked: Merging) -> Merging:
         if gamma not in (None, 1.0):
             raise UsageError(
                 f"--gamma {gamma} cannot be combined with --merge-rule separate, which keeps every "
-                "task whole: leave it out, or use --merge-rule online"
+                "task at full weight: leave it out, or use --merge-rule online"
             )
         return replace(asked, merge_rule=rule, gamma=1.0)
     return replace(asked, merge_rule=rule, gamma=so_far.gamma if gamma is None else gamma)

@@ -84,7 +84,10 @@ def check_held_out(
 def check_budget(validation: Collection[str], *, new: str, ledger: Sequence[str]) -> None:
     """Refuse a budget for which no earlier task will be measured; `ledger` are their names."""
     if not ledger:
-        raise UsageError("--budget needs earlier tasks, and the checkpoint has no ledger")
+        raise UsageError(
+            "--budget needs earlier tasks, and the checkpoint has no ledger: run `consolidate "
+            "fisher` on it first, or leave --budget out"
+        )
     if not set(ledger) & set(validation):
         raise UsageError(
             "--budget needs held-out rows of an earlier task: give --validation NAME=DATA, where "

@@ -217,7 +217,7 @@ class Interpolator:
             if not any(keeps for _, keeps in tried):
                 raise self._over_budget(trials)
             alpha = largest_kept(tried)
-            LOG.info("α = %g is the largest of %d that keeps the budget", alpha, len(trials))
+            LOG.info("α = %g is the largest of %d within the budget", alpha, len(trials))
             return alpha
         if self.plan.old:
             chosen = best_mean(trials)

@@ -278,7 +278,7 @@ def _open_replay(
     for name, tested in evaluate.items():
         if same_data(data, tested):
             LOG.info(
-                "--evaluate %s=%s: these rows are replayed, so the score is too good", name, tested
+                "--evaluate %s=%s: these rows are replayed, so the score is too high", name, tested
             )
     return task_file, rows
 

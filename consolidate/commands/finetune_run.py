@@ -233,7 +233,7 @@ def descend(
 def _start_descent(model: Model, recipe: Recipe, total: int) -> Descent:
     module = model.module
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise UsageError("--freeze leaves no parameter to train")
+        raise UsageError("--freeze leaves no parameter to train: freeze fewer parameters")
     optimizer = make_optimizer(
         recipe.optimizer,
         module.parameters(),

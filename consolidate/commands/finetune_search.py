@@ -221,14 +221,13 @@ class _Search:
 def _report_choice(plan: SearchPlan, chosen: Trial, whole: Sequence[Trial]) -> None:
     limit = plan.max_forgetting if plan.rule == "smallest" else None
     if limit is not None and beyond({"": chosen.forgetting or 0.0}, limit):
-        LOG.info("no λ that was tried keeps forgetting to %g: the largest is taken", limit)
+        LOG.info("no λ that was tried keeps forgetting within %g: the largest is used", limit)
     elif at_an_end(chosen.ewc_lambda, whole):
         strengths = [trial.ewc_lambda for trial in whole]
         at = "largest" if chosen.ewc_lambda == max(strengths) else "smallest"
         further = "larger" if at == "largest" else "smaller"
         LOG.info(
-            "λ = %g, which was chosen, is the %s of those trained for all steps: a %s one may be "
-            "better",
+            "the chosen λ = %g is the %s of those trained for all steps: a %s one may be better",
             chosen.ewc_lambda,
             at,
             further,

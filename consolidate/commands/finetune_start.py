@@ -77,8 +77,8 @@ def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
     check_names_to_be(before, loaded)
     if before is not None and not before.fisher and plan.options.measuring.no_fisher:
         raise UsageError(
-            "--no-fisher: the Fisher so far is of the old head alone, so that nothing of the "
-            "earlier tasks would be left: leave it out"
+            "--no-fisher: the Fisher so far covers the old head alone, so nothing would protect "
+            "the earlier tasks: leave --no-fisher out"
         )
     with_heads: dict[str, Model] = {}
     if before is not None:

@@ -246,7 +246,7 @@ class Chats:
             if lines > MAX_LINES:
                 raise InputError(
                     f"{chat.where}: the chat template of {self.source} runs more than "
-                    f"{MAX_LINES:,} lines for this chat: does a loop in it end? correct the "
+                    f"{MAX_LINES:,} lines for this chat, perhaps in an endless loop; correct the "
                     "template, or split the chat"
                 )
             return line

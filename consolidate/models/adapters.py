@@ -108,7 +108,7 @@ def refuse_unmergeable(module: nn.Module) -> None:
             if differs:
                 raise UsageError(
                     f"{name} has {setting}={getattr(base, setting)!r}, which the adapter's factors "
-                    "have not, and merged it would be another function: leave it out"
+                    "lack, so that merging would change the function: leave the layer out"
                 )
 
 

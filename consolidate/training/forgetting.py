@@ -43,7 +43,10 @@ def scores_of(metrics: Mapping[str, Scores], tasks: Collection[str]) -> dict[str
 def check_gate(old: Collection[str], measured: Collection[str]) -> None:
     """Refuse a limit that no measured old task can be checked against."""
     if not old:
-        raise UsageError("--max-forgetting needs old tasks, and the checkpoint has no ledger")
+        raise UsageError(
+            "--max-forgetting needs old tasks, and the checkpoint has no ledger: run `consolidate "
+            "fisher` on it first, or leave --max-forgetting out"
+        )
     if not set(old) & set(measured):
         raise UsageError(
             "--max-forgetting needs data of an old task to measure: give --evaluate NAME=DATA, "

@@ -489,7 +489,7 @@ def test_what_would_lose_the_earlier_tasks_is_refused(
     start: Path, pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
     consolidate.fisher(start, pairs(0, 1), task="a", freeze=["0.*"], **MODEL)
-    with pytest.raises(UsageError, match="--no-fisher: the Fisher so far is of the old head alone"):
+    with pytest.raises(UsageError, match="--no-fisher: the Fisher so far covers the old head"):
         finetune(
             start, pairs(2, 3), task="b", output_dir=tmp_path / "b", ewc_lambda=1.0, head="new",
             no_fisher=True, **FAST,

@@ -38,7 +38,7 @@ def test_a_config_that_computes_otherwise_is_told(
     change_config(other, **changes)
     stored_fisher(measured / "fisher", open_checkpoint(other))
     (record,) = caplog.records
-    assert f"{told}: if the weights compute otherwise now" in record.getMessage()
+    assert f"{told}: if the model computes something else now" in record.getMessage()
     assert str(other) in record.getMessage()
 
 

@@ -429,7 +429,7 @@ def test_test_data_that_are_replayed_are_reported(
         network_checkpoint, new, output_dir=tmp_path / "out", replay=old, evaluate={"old": old},
         **PLAIN,
     )  # fmt: skip
-    assert "these rows are replayed, so the score is too good" in caplog.text
+    assert "these rows are replayed, so the score is too high" in caplog.text
     assert (
         "10% of the rows trained on are replayed: 6 in the first epoch, from 60; it takes 5 "
         "steps, 4 without" in caplog.text

@@ -610,7 +610,7 @@ def test_a_module_of_the_users_own_takes_an_adapter(
 def test_layers_that_the_factors_do_not_follow_are_refused(layer: torch.nn.Module, setting: str):
     module = torch.nn.Sequential(layer)
     add_lora(module, Lora(rank=2, targets=["0"]))
-    with pytest.raises(UsageError, match=f"0 has {setting}, which the adapter's factors have not"):
+    with pytest.raises(UsageError, match=f"0 has {setting}, which the adapter's factors lack"):
         refuse_unmergeable(module)
 
 

@@ -444,10 +444,10 @@ def test_misspelt_variables_are_told_without_their_values(
     assert code == 3
     near, none = err.splitlines()[:2]
     assert near.startswith(
-        "the variable CONSOLIDATE_FINETUNE_EWC_LAMDA sets no option; did you mean "
+        "the environment variable CONSOLIDATE_FINETUNE_EWC_LAMDA sets no option; did you mean "
     )
     assert near.endswith(" CONSOLIDATE_FINETUNE_EWC_LAMBDA?")
-    assert none == "the variable CONSOLIDATE_QUXQUUX sets no option"
+    assert none == "the environment variable CONSOLIDATE_QUXQUUX sets no option"
     assert "MAX_EXAMPLES" not in err
     assert "secret" not in err
 
