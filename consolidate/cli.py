@@ -43,6 +43,9 @@ PUBLISH = cloup.Section("Combine and publish")
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, by default that of the process, and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if sys.platform == "win32":
+        click.echo("error: consolidate does not run on Windows itself; use WSL", err=True)
+        sys.exit(2)
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     stop_with_torchrun()

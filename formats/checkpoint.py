@@ -34,7 +34,7 @@ _OF_THE_OLD_WEIGHTS = re.compile(
     r"|pytorch_model.*\.bin(\.index\.json)?"
     r"|tf_model.*\.h5(\.index\.json)?|flax_model.*\.msgpack(\.index\.json)?|rust_model\.ot"
     r"|(optimizer|scheduler|scaler|rng_state|random_states).*\.(pt|pth|bin|pkl)"
-    r"|checkpoint-\d+|fisher|\.git|\.cache|(\..*)?\.consolidate-.*|lost\+found"
+    r"|checkpoint-\d+|fisher|\.git|\.gitignore|\.cache|(\..*)?\.consolidate-.*|lost\+found"
 )
 _PACKED = re.compile(
     r"(.*\.)?(qweight|qzeros|SCB|absmax|quant_map|weight_packed|weight_scale_inv)"

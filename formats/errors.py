@@ -56,6 +56,13 @@ class PeerError(ConsolidateError):
         self.exit_code = exit_code
 
 
-def install(extra: str) -> str:
-    """Return the command that installs an extra of this package."""
-    return f"pip install 'consolidate-ewc[{extra}]', or '.[{extra}]' in a clone"
+def install(extra: str, error: ImportError | None = None, module: str | None = None) -> str:
+    """Return what makes an import succeed: the command that installs an extra, if it is missing.
+
+    A module that is there, in a version that does not fit the others, say, is not missing.
+    """
+    module = module or extra
+    if error is None or (isinstance(error, ModuleNotFoundError) and error.name in (None, module)):
+        return f"pip install 'consolidate-ewc[{extra}]', or '.[{extra}]' in a clone"
+    reason = str(error).strip().partition("\n")[0]
+    return f"{module} is installed, but importing it failed: {reason}"

@@ -33,6 +33,8 @@ VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*", "fisher/factor*")
 
 OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.gguf"]
 OTHER_FRAMEWORKS += ["onnx/*", "openvino/*"]
+COPIES = ["original/*", "consolidated*.safetensors", "model.*.safetensors"]
+"""The same weights in another form or dtype, which no command reads."""
 _MODULE = re.compile(r"\d_[^/]*/")  # of sentence-transformers, whose weights may be a pickle
 UNREADABLE = (SafetensorsParsingError, AttributeError, TypeError, LookupError, RecursionError)
 """What the client raises for a damaged header, or for JSON of another form."""
@@ -83,7 +85,9 @@ def locate(
         _refuse_large(info)
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
         pickles = [f for f in files if f.endswith(PICKLE_SUFFIXES) and not _MODULE.match(f)]
-        ignored = [*OTHER_FRAMEWORKS, *(map(escape, pickles) if safe else []), *without]
+        standard = {"model.safetensors", "model.safetensors.index.json"}.intersection(files)
+        copies = COPIES if standard else []
+        ignored = [*OTHER_FRAMEWORKS, *copies, *(map(escape, pickles) if safe else []), *without]
         with hub_call("", again="", revision=revision):
             snapshot = fetch(ignore_patterns=ignored)
     except (InputError, NetworkError) as error:
@@ -183,8 +187,10 @@ def _refuse_large(info: ModelInfo) -> None:
 
 
 def _cached(fetch: Callable[..., str], without: Sequence[str]) -> str | None:
-    # Skipped pickles do not make a snapshot incomplete.
-    for ignored in (OTHER_FRAMEWORKS, [*OTHER_FRAMEWORKS, *(f"*{s}" for s in PICKLE_SUFFIXES)]):
+    # What was skipped does not make a snapshot incomplete.
+    pickles = [f"*{suffix}" for suffix in PICKLE_SUFFIXES]
+    for more in ((), pickles, [*pickles, *COPIES]):
+        ignored = [*OTHER_FRAMEWORKS, *more]
         with suppress(LocalEntryNotFoundError):
             return fetch(ignore_patterns=[*ignored, *without], local_files_only=True)
     return None

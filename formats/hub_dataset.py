@@ -215,8 +215,9 @@ def open_saved(folder: Path, *, split: str | None = None) -> HubRows:
 def _import_datasets(what: str) -> Any:
     try:
         import datasets
-    except ImportError:
-        raise UsageError(f"{what}: reading it needs datasets: {install('datasets')}") from None
+    except ImportError as error:
+        needed = install("datasets", error)
+        raise UsageError(f"{what}: reading it needs datasets: {needed}") from error
     return datasets
 
 

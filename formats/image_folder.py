@@ -23,8 +23,9 @@ def require_pillow() -> None:
     """Raise a UsageError if Pillow is not installed."""
     try:
         import PIL  # noqa: F401
-    except ImportError:
-        raise UsageError(f"reading images needs Pillow: {install('transformers')}") from None
+    except ImportError as error:
+        needed = install("transformers", error, "PIL")
+        raise UsageError(f"reading images needs Pillow: {needed}") from error
 
 
 def decode_image(source: Path | IO[bytes], where: str) -> Any:

@@ -30,8 +30,9 @@ class ParquetRows(Rows):
         try:
             import pyarrow
             import pyarrow.parquet
-        except ImportError:
-            raise UsageError(f"{path}: reading it needs pyarrow: {install('datasets')}") from None
+        except ImportError as error:
+            needed = install("datasets", error, "pyarrow")
+            raise UsageError(f"{path}: reading it needs pyarrow: {needed}") from error
 
         self.name, self.path = path.name, path
         try:

@@ -66,10 +66,12 @@ _PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "HTTP_PROXY", "HTTPS_PROXY", "AL
 
 
 def pytest_configure() -> None:
-    """Leave the caller's settings out: tokens, caches, proxies, another repository of git."""
+    """Leave the caller's settings out: tokens, caches, proxies, another repository of git, GPUs."""
     for name in set(os.environ) - {"CONSOLIDATE_TEST_DEVICE"}:
         if name.startswith(_OF_OTHERS) or name.upper() in _PROCESS:
             del os.environ[name]
+    if "CONSOLIDATE_TEST_DEVICE" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is expected is what a CPU computes
 
 
 def pytest_collection_finish() -> None:

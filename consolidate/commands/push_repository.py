@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,6 +257,7 @@ def commit_files(
     """Send the files one by one, then commit them; give the commit, and its pull request."""
     api, name, revision, remote = target.api, target.name, target.options.revision, target.remote
     additions = [file for path, file in upload.files.items() if upload.changes[path] != "unchanged"]
+    _check_card(target, additions)
     if not remote.exists:
         with _call(name):
             api.create_repo(name, private=not target.options.public, exist_ok=True)
@@ -291,6 +292,15 @@ def commit_files(
             parent_commit=head,
         )
     return done.oid, done.pr_url
+
+
+def _check_card(target: Target, additions: Sequence[CommitOperationAdd]) -> None:
+    """Let the Hub check the card's metadata before anything is sent, as it does at the commit."""
+    check = getattr(target.api, "_validate_yaml", None)  # of the client itself
+    for file in additions:
+        if file.path_in_repo == CARD and check is not None:
+            with file.as_file() as card, _call(target.name):
+                check(card.read().decode())
 
 
 def _make_branch(target: Target, remote: Remote) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from consolidate.models.loading import load_model
 from consolidate.models.lora import import_peft, low_rank_layers
 from consolidate.models.model import Model, freeze_parameters, layout_of
-from consolidate.models.tensor_names import NAME
+from consolidate.models.tensor_names import NAME, copies_of_base
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import ADAPTER_CONFIG, Checkpoint
@@ -84,7 +84,14 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
     layout = layout_of(module, checkpoint)
     low_rank_layers(module)
     refuse_unmergeable(module)
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, at in copies_of_base(module, checkpoint.weights).items():
+        here = parameters[at].detach().cpu()
+        if not torch.equal(checkpoint.weights[name].to(here.dtype), here):
+            raise InputError(
+                f"{checkpoint.path}: {name} is not the weight of the base model "
+                f"{checkpoint.base.path}: use the base model that the adapter was trained on"
+            )
     with torch.no_grad():
         for name, tensor in layout.to_module(checkpoint.weights).items():
             parameters[name].data = tensor.clone().to(parameters[name].device, dtype)

@@ -11,6 +11,11 @@ from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError, install
 from formats.wording import first_line
 
+# No part of a model: code, which is not run, and kernels, which not every machine has.
+_OF_A_MACHINE = (
+    *("auto_map", "attn_implementation", "_attn_implementation"),
+    *("experts_implementation", "_experts_implementation"),
+)
 _LAYERS = re.compile("layer|depth")
 _WIDTH = re.compile("size|dim|channel")  # such as vocab_size_per_layer_input
 
@@ -20,9 +25,10 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
     try:
         import transformers
     except ImportError as error:
+        needed = install("transformers", error)
         raise UsageError(
-            f"{checkpoint.path}: loading it needs transformers: {install('transformers')}; or name "
-            "your own module with --model package.module:factory"
+            f"{checkpoint.path}: loading it needs transformers: {needed}; or name your own module "
+            "with --model package.module:factory"
         ) from error
     contents = checkpoint.config
     check_declared(contents)
@@ -36,9 +42,16 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
             "--model package.module:factory"
         )
     check_model_type(contents, str(where))
+    if (
+        kind == "mistral"
+        and "layer_types" in contents
+        and "ministral" in transformers.CONFIG_MAPPING
+    ):
+        kind = "ministral"  # as for transformers' AutoConfig: it attends otherwise
     try:
         config = transformers.CONFIG_MAPPING[kind].from_dict(
-            {key: _plain(value) for key, value in contents.items() if key != "auto_map"}
+            {key: _plain(value) for key, value in contents.items() if key not in _OF_A_MACHINE}
+            | {"model_type": kind}
         )
     except Exception as error:
         raise InputError(
@@ -52,7 +65,13 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
             "--objective"
         )
     found = mapping[type(config)]
-    return config, list(found) if isinstance(found, list | tuple) else [found]
+    classes = list(found) if isinstance(found, list | tuple) else [found]
+    of_text = getattr(config, "sub_configs", {}).get("text_config")
+    if of_text is not None and all(cls.config_class is of_text for cls in classes):
+        declared = config.architectures
+        config = config.get_text_config()  # of a model of texts and images, the part for texts
+        config.architectures = declared
+    return config, classes
 
 
 def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:

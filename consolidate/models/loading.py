@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from consolidate.models.tensor_names import computed_names, outer_prefix
 from consolidate.runtime.quiet import quiet, silent_stdout
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
-from formats.errors import ConsolidateError, InputError
+from formats.errors import ConsolidateError, InputError, UsageError
 from formats.tensors import apart, dtype_of
 from formats.wording import few, first_line
 
@@ -178,6 +179,11 @@ def _from_transformers(
         if new_labels is not None and layout.fresh:
             notes.append(f"new head, seed {seed}: {', '.join(layout.fresh)}")
         processor = _processor(checkpoint, objective)
+    if getattr(getattr(processor, "_tokenizer", None), "fix_mistral_regex", None) is False:
+        notes.append(
+            "transformers says that this tokenizer splits texts otherwise than the model was "
+            "trained on: load it with fix_mistral_regex=True and save it again"
+        )
     _settle_config(module.config, objective, processor)
     labels = labels_of_config(checkpoint.config | changes) if objective.has_labels else None
     return Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
@@ -345,6 +351,7 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
         options["backend"] = "pil"  # the same pixels with and without torchvision
     else:
         files, kind = _TOKENIZER_FILES, "AutoTokenizer"
+        options["mistral_format"] = False  # the same tokens with and without mistral-common
     if not any((folder / name).is_file() for name in files):
         return None
     import transformers
@@ -353,8 +360,21 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
         with silent_stdout():  # where tokenizers prints names of options that it does not know
             return getattr(transformers, kind).from_pretrained(str(folder), **options)
     except Exception as error:
+        pieces = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+        if pieces and kind == "AutoTokenizer" and any(folder.glob("*.model")):
+            raise UsageError(
+                f"{folder}: the tokenizer is one of SentencePiece: pip install sentencepiece "
+                "protobuf"
+            ) from error
         what = "tokenizer" if kind == "AutoTokenizer" else "image processor"
         raise InputError(f"{folder}: the {what} cannot be loaded: {first_line(error)}") from error
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of what it is in
+        return False
 
 
 def _some(names: Sequence[str]) -> str:

@@ -121,6 +121,22 @@ def check_model_type(config: Mapping[str, Any], where: str = "config.json") -> N
         )
 
 
+def _is_causal_alone(kind: Any) -> bool:
+    """Return whether transformers has a type among causal models, and not among encoder-decoders.
+
+    Those of texts and images end in ForConditionalGeneration too.
+    """
+    try:
+        from transformers.models.auto import modeling_auto as auto
+    except ImportError:
+        return False
+    causal, both = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    return kind in causal and kind not in both
+
+
 def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
     """Choose the objective by the architecture's name, ``problem_type`` and number of labels."""
     problem = config.get("problem_type")
@@ -137,7 +153,8 @@ def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
             return OBJECTIVES["regression"]
     for ending, name in _BY_ARCHITECTURE.items():
         if architecture.endswith(ending):
-            return OBJECTIVES[name]
+            causal = name == "seq2seq-lm" and _is_causal_alone(config.get("model_type"))
+            return OBJECTIVES["causal-lm" if causal else name]
     if not architecture and "model_type" not in config:
         what = "config.json names no architecture" if config else "there is no config.json"
         raise InputError(

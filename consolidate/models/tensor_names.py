@@ -1,7 +1,7 @@
 """Which tensor of a module each of a weights file is, by its name: of peft, of transformers."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -24,7 +24,8 @@ def is_adapter(name: str) -> bool:
 def adapter_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
     """Map the adapter in a module, without the base model, to the names that peft writes."""
     own = {_file_name(name): name for name, _ in module.named_parameters() if is_adapter(name)}
-    unused = [name for name in file_shapes if name not in own]
+    copied = copies_of_base(module, file_shapes)
+    unused = [name for name in file_shapes if name not in own and name not in copied]
     missing = [name for name in own if name not in file_shapes]
     for which, names in (("not in the model", unused), ("missing in the file", missing)):
         if names:
@@ -32,9 +33,19 @@ def adapter_layout(module: nn.Module, file_shapes: Shapes) -> Layout:
                 f"the adapter does not match its base model: {names[0]} is {which}, one of "
                 f"{len(names)}; use the base model that it was trained on"
             )
-    groups = [Group((name,), (own[name],), None) for name in file_shapes]
+    groups = [Group((name,), (own[name],), None) for name in file_shapes if name in own]
     outside = [name for name, _ in module.named_parameters() if name not in own.values()]
-    return Layout(module, groups, file_shapes, {}, outside=outside)
+    return Layout(module, groups, file_shapes, {name: name for name in copied}, outside=outside)
+
+
+def copies_of_base(module: nn.Module, file_names: Iterable[str]) -> dict[str, str]:
+    """Map tensors of an adapter's file that are the base model's to their names in the module.
+
+    peft writes those of embeddings and output layers that it adapts.
+    """
+    own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    names = {name: name.removeprefix(PREFIX) for name in file_names if ".base_layer." in name}
+    return {name: at for name, at in names.items() if at in own}
 
 
 def _file_name(name: str) -> str:

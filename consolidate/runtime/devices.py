@@ -1,23 +1,22 @@
 """The device that computations run on."""
 
 import gc
+import logging
 from typing import Any
 
 import torch
 
 from consolidate.runtime.torchrun import world_size
 from formats.errors import UsageError
+from formats.wording import first_line
+
+LOG = logging.getLogger("consolidate")
 
 
 def best_device(name: str | None = None) -> torch.device:
     """Return the named device, or the best available; each process has its own CUDA device."""
     if name is None:
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available() and world_size() == 1:
-            name = "mps"
-        else:
-            name = "cpu"
+        name = _available()
     if name.startswith("cuda:") and world_size() > 1:
         raise UsageError(
             f"--device {name} names one device, but each process needs its own; use --device cuda"
@@ -31,6 +30,21 @@ def best_device(name: str | None = None) -> torch.device:
             f"--device {name} cannot be used on this machine: {reason}; choose another device"
         ) from None
     return device
+
+
+def _available() -> str:
+    """Return the first accelerator that computes; some report a device without memory for it."""
+    found = ["cuda"] if torch.cuda.is_available() else []
+    if torch.backends.mps.is_available() and world_size() == 1:
+        found.append("mps")
+    for name in found:
+        try:
+            torch.ones(1, device=name).add_(1)
+        except (RuntimeError, AssertionError) as error:
+            LOG.warning("%s is there, but cannot be used: %s", name, first_line(error))
+        else:
+            return name
+    return "cpu"
 
 
 def dtype_of_name(name: str | None) -> torch.dtype | None:

@@ -48,7 +48,8 @@ def penalty_callback(penalty: WeightPenalty, *, step: str = "gradient") -> Any:
     try:
         from transformers import TrainerCallback
     except ImportError as error:
-        raise UsageError(f"the callback needs transformers: {install('transformers')}") from error
+        needed = install("transformers", error)
+        raise UsageError(f"the callback needs transformers: {needed}") from error
 
     class PenaltyCallback(TrainerCallback):
         hook: Any = None

@@ -68,8 +68,8 @@ def open_run(command: str) -> MlflowRun:
         os.environ.setdefault(name, value)
     try:
         import mlflow
-    except ImportError:
-        raise UsageError(f"--mlflow needs mlflow: {install('mlflow')}") from None
+    except ImportError as error:
+        raise UsageError(f"--mlflow needs mlflow: {install('mlflow', error)}") from error
     return MlflowRun(mlflow, *_begin(mlflow, command))
 
 
@@ -83,6 +83,11 @@ def _begin(mlflow: Any, command: str) -> tuple[Any, str, bool]:
             return client, client.get_run(given).info.run_id, True
         name = os.environ.get("MLFLOW_RUN_NAME") or f"consolidate {command}"
         return client, mlflow.start_run(run_name=name).info.run_id, False
+    except ModuleNotFoundError as error:  # of the small mlflow, which needs a server
+        raise UsageError(
+            f"--mlflow: {public(uri)} needs {error.name}: pip install sqlalchemy alembic, or set "
+            "MLFLOW_TRACKING_URI to a server"
+        ) from error
     except Exception as error:
         what = f"open the run {given} (MLFLOW_RUN_ID)" if given else "start a run"
         message = f"--mlflow: cannot {what} in {public(uri)}: {reason(error)}"

@@ -74,8 +74,8 @@ def open_run(command: str) -> WandbRun:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # nothing goes to anyone but the store
     try:
         import wandb
-    except ImportError:
-        raise UsageError(f"--wandb needs wandb: {install('wandb')}") from None
+    except ImportError as error:
+        raise UsageError(f"--wandb needs wandb: {install('wandb', error)}") from error
     try:
         with _silenced():
             settings = wandb.Settings(**SETTINGS)

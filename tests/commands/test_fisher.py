@@ -25,7 +25,7 @@ from consolidate.runtime import devices
 from formats.atomic import claimed
 from formats.data import open_data
 from formats.digest import set_digest, tensor_record
-from formats.errors import InputError, NonFiniteError, UsageError
+from formats.errors import InputError, NonFiniteError, UsageError, install
 from formats.fisher_folder import read_fisher
 from formats.rows import file_digest
 from support import tiny_models
@@ -304,6 +304,28 @@ def test_a_device_that_is_not_here_is_a_usage_error() -> None:
         devices.best_device("quantum")
     with pytest.raises(UsageError, match="--device"):
         devices.best_device("cuda:99")
+
+
+def test_a_device_that_cannot_compute_is_not_taken_by_itself(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the MPS of a virtual machine."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices.best_device() == torch.device("cpu")
+    assert "mps is there, but cannot be used: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), "pip install 'conso"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "peft is installed, but importing"),
+        (ImportError("needs torch>=9\nmore"), "but importing it failed: needs torch>=9"),
+    ],
+)
+def test_what_is_installed_and_does_not_fit_is_not_missing(error: ImportError, said: str) -> None:
+    assert said in install("peft", error)
+    assert "more" not in install("peft", error)
 
 
 def test_a_fisher_of_ones_own_is_stored_like_the_command_does(

@@ -140,6 +140,16 @@ def test_a_fisher_that_was_rounded_for_the_hub_is_not_up_to_date(
         assert again["status"] == status
 
 
+def test_a_card_that_the_hub_refuses_is_known_before_anything_is_sent(
+    checkpoint: Path, tmp_path: Path, hub: Hub
+) -> None:
+    hub.card_errors = ['"license" must be one of apache-2.0, mit']
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    code, _, err = run(tmp_path, "push", checkpoint, "user/model", **variables)
+    assert (code, '"license" must be one of' in err) == (3, True), err
+    assert hub.repositories == {}
+
+
 def test_what_is_refused_before_anything_is_sent(
     checkpoint: Path, tmp_path: Path, hub: Hub
 ) -> None:

@@ -274,6 +274,7 @@ def test_write_keeps_all_other_files(checkpoint, tmp_path):
         "rng_state_0.pth",
         "checkpoint-500/model.safetensors",
         ".git/config",
+        ".gitignore",  # as dvc writes it, for the Fisher
         ".cache/huggingface/x",
         ".fisher.consolidate-new/x",
         ".consolidate-claim",  # of a folder that is a mount point

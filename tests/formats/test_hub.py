@@ -154,6 +154,20 @@ def test_only_what_is_needed_is_fetched(wide: Path, tmp_path: Path, hub: Hub) ->
     assert run(tmp_path, "verify", "user/name", HF_HUB_OFFLINE="1")[0] == 0
 
 
+def test_other_copies_of_the_weights_are_not_fetched(wide: Path, tmp_path: Path, hub: Hub) -> None:
+    copies = ("consolidated.safetensors", "model.fp16.safetensors", "original/params.json")
+    (wide / "original").mkdir()
+    for name in copies:
+        (wide / name).write_text(f"{name}, which nothing reads")
+    hub.put("user/name", wide)
+    words = ("evaluate", "user/name", "--data", tmp_path / "old.npz", "--model", MAKE)
+    code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
+    assert code == 0, err
+    assert not any(hub.sent[name] for name in copies)
+    code, _, err = run(tmp_path, *words, HF_HUB_OFFLINE="1")
+    assert code == 0, err
+
+
 def test_a_header_on_the_hub_that_the_ledger_does_not_list(
     wide: Path, tmp_path: Path, hub: Hub
 ) -> None:

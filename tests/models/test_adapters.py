@@ -32,6 +32,7 @@ from formats.task_file import open_task
 from support.faults import Killed, break_off
 from support.folders import contents
 from support.tiny_models import (
+    SIZES,
     bert_config,
     byte_tokenizer,
     gpt2_config,
@@ -123,6 +124,26 @@ def test_embeddings_and_a_trained_output_layer_are_part_of_an_adapter(tmp_path: 
     assert "base_model.model.classifier.weight" in stored
     trained = [name for name, p in model.module.named_parameters() if p.requires_grad]
     assert len(trained) == len(stored)
+
+
+def test_an_adapter_of_an_output_layer_has_the_weight_of_its_base(tmp_path: Path):
+    """peft writes it beside the factors."""
+    config = transformers.LlamaConfig(vocab_size=300, num_key_value_heads=2, **SIZES)
+    base = save(tmp_path / "llama", transformers.LlamaForCausalLM, config, byte_tokenizer())
+    cls = transformers.LlamaForCausalLM
+    options = {"target_modules": ["lm_head", "q_proj"], "fan_in_fan_out": False}
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        folder = peft_adapter(tmp_path / "adapter", base, cls, **options)
+    stored = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.lm_head.base_layer.weight"
+    model = load(opened(folder))
+    assert torch.equal(outputs(model.module), outputs(read_by_peft(folder, base, cls)))
+    found = file_weights(model)
+    assert found.keys() == stored.keys()
+    assert torch.equal(found[name], stored[name])
+    save_file(stored | {name: stored[name] + 1}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head\.base_layer\.weight is not the weight of the"):
+        load(opened(folder))
 
 
 def test_the_base_model_is_found_or_named(gpt2: Path, tmp_path: Path):

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from consolidate.models import loading
 from consolidate.models.architectures import lacks_head
 from consolidate.models.loading import load_model
 from consolidate.models.model import config_of, file_weights, unprotected, with_full_names
@@ -827,3 +828,60 @@ def test_weights_stay_in_a_private_map_of_the_file_until_they_are_written_to(
     assert file.read_bytes() == written
     for name, tensor in before.items():
         assert same_bits(checkpoint.weights[name], tensor), name
+
+
+def qwen(folder: Path) -> Path:
+    """A model of texts and images, whose part for texts is a model of its own."""
+    config = transformers.Qwen3_5Config()
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    linear = {"key_heads": 2, "value_heads": 2}, {"key_head_dim": 8, "value_head_dim": 8}
+    sizes = {f"linear_num_{name}": n for name, n in linear[0].items()}
+    sizes |= {f"linear_{name}": n for name, n in linear[1].items()} | heads
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    text = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "pad_token_id": 0}
+    for name, value in (text | sizes | layers).items():
+        setattr(config.text_config, name, value)
+    seen = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+    for name, value in (seen | {"out_hidden_size": 16}).items():
+        setattr(config.vision_config, name, value)
+    return save(folder, transformers.Qwen3_5ForConditionalGeneration, config)
+
+
+def test_the_part_for_texts_of_a_model_of_texts_and_images(tmp_path: Path) -> None:
+    folder = qwen(tmp_path / "qwen")
+    model = load_model(open_checkpoint(folder))
+    assert (type(model.module).__name__, model.objective.name) == (
+        "Qwen3_5ForCausalLM",
+        "causal-lm",
+    )
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model.module(ids).logits, reference(ids).logits)
+    assert_round_trip(folder)
+
+
+def test_kernels_are_no_part_of_a_model_and_layers_that_attend_otherwise_are(
+    tmp_path: Path,
+) -> None:
+    config = transformers.LlamaConfig(vocab_size=60, num_key_value_heads=2, **SIZES)
+    folder = save(tmp_path / "llama", transformers.LlamaForCausalLM, config)
+    change_config(folder, attn_implementation="flash_attention_2")
+    assert load_model(open_checkpoint(folder)).module.config._attn_implementation == "sdpa"
+    config = transformers.MinistralConfig(vocab_size=60, num_key_value_heads=2, head_dim=8, **SIZES)
+    folder = save(tmp_path / "mistral", transformers.MinistralForCausalLM, config)
+    change_config(folder, model_type="mistral", architectures=["MistralForCausalLM"])
+    assert type(load_model(open_checkpoint(folder)).module).__name__ == "MinistralForCausalLM"
+
+
+def test_a_tokenizer_of_pieces_names_what_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=1)
+    folder = save(tmp_path, transformers.T5ForConditionalGeneration, config)
+    (folder / "spiece.model").write_bytes(b"no model")
+    monkeypatch.setattr(loading, "_is_installed", lambda module: module != "sentencepiece")
+    with pytest.raises(UsageError, match="pip install sentencepiece protobuf"):
+        load_model(open_checkpoint(folder))
+    monkeypatch.setattr(loading, "_is_installed", lambda module: True)
+    with pytest.raises(InputError, match="the tokenizer cannot be loaded"):
+        load_model(open_checkpoint(folder))

@@ -60,6 +60,11 @@ def test_language_models_have_no_labels() -> None:
         ({"architectures": ["BertForMaskedLM"]}, "masked-lm"),
         ({"architectures": ["T5ForConditionalGeneration"]}, "seq2seq-lm"),
         ({"architectures": ["MarianMTModel"]}, "seq2seq-lm"),
+        ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "seq2seq-lm"),
+        (
+            {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"},
+            "causal-lm",  # of texts and images
+        ),
         ({"architectures": ["ResNetForImageClassification"]}, "image-classification"),
     ],
 )

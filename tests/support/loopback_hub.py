@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +78,7 @@ class Hub:
         slow: Seconds between two pieces of a body.
         meanwhile: What happens, once, just before a request that matches is answered.
         ended: Set when the Hub stops, which ends what hangs.
+        card_errors: What it says of every card's metadata.
     """
 
     address: str = ""
@@ -90,6 +91,7 @@ class Hub:
     meanwhile: dict[str, Callable[[], object]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
+    card_errors: Sequence[str] = ()
 
     def fail(
         self,
@@ -136,8 +138,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def reply_json(self, value: Any) -> None:
-        self.reply(200, json.dumps(value).encode(), Content_Type="application/json")
+    def reply_json(self, value: Any, status: int = 200) -> None:
+        self.reply(status, json.dumps(value).encode(), Content_Type="application/json")
 
     def read_json(self) -> Any:
         return json.loads(self.body())
@@ -318,7 +320,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def validate(self, query: Any) -> None:
         self.body()
-        self.reply_json({"errors": [], "warnings": []})
+        errors = [{"message": message} for message in self.hub.card_errors]
+        self.reply_json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def may_write(self, name: str) -> Repository | None:
         if not self.is_known():

@@ -223,6 +223,14 @@ def test_what_is_closed_is_not_written_to(
     assert (done.returncode, done.stderr) == (code, err)
 
 
+def test_windows_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    code, _, err = run(capsys, "--help")
+    assert (code, err) == (2, "error: consolidate does not run on Windows itself; use WSL\n")
+
+
 def test_alone_it_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys)
     assert (code, out) == (2, "")
