@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if state.get("debug"):
             traceback.print_exc()
         message, code = _explain(error)
-        if rank() > 0 and not state.get("begun"):  # as for click's errors
+        refused = isinstance(error, ConsolidateError) and not state.get("begun")
+        if rank() > 0 and refused:  # as for click's errors
             _exit(code)
         if len(message) > 2000:  # a name in a file can be as long as the file
             message = f"{message[:1500]} … {message[-400:]}"

@@ -105,10 +105,10 @@ def _check_alone(folder: Path, name: str, config: Mapping[str, Any]) -> None:
             f"one of them elsewhere, the adapter with its {ADAPTER_CONFIG}"
         )
     named = config.get("transformers_weights")
-    if named is not None and named != name.removesuffix(".index.json"):
+    if named is not None:
         raise InputError(
-            f"{folder}/config.json: transformers_weights is {named!r}, found {name}: load and save "
-            "the model with transformers, which writes the usual names"
+            f"{folder}/config.json: transformers_weights is {named!r}, which no output would have: "
+            "load and save the model with transformers, which writes the usual names"
         )
 
 

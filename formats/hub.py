@@ -33,7 +33,8 @@ VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*", "fisher/factor*")
 
 OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.gguf"]
 OTHER_FRAMEWORKS += ["onnx/*", "openvino/*"]
-COPIES = ["original/*", "consolidated*.safetensors", "model.*.safetensors"]
+COPIES = ["original/*", "consolidated*.safetensors"]
+COPIES += [f"model.{kind}*.safetensors" for kind in ("fp16", "bf16", "fp32", "non_ema")]
 """The same weights in another form or dtype, which no command reads."""
 _MODULE = re.compile(r"\d_[^/]*/")  # of sentence-transformers, whose weights may be a pickle
 UNREADABLE = (SafetensorsParsingError, AttributeError, TypeError, LookupError, RecursionError)

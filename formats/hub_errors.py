@@ -118,8 +118,6 @@ def _meaning(error: BaseException, revision: str | None) -> ConsolidateError | N
             return InputError(f"a transfer failed, as the disk is full: {_line(str(error))}")
         if isinstance(error, PermissionError):  # of hf_xet, as below
             return AccessError(f"the Hub's storage refuses access ({_line(str(error))})")
-        if isinstance(error, FileNotFoundError):
-            return InputError(f"the Hub's storage lacks a file ({_line(str(error))})")
         return NetworkError(f"a download ended early ({_line(str(error))})")
     return None
 

@@ -178,12 +178,11 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     before = _stored_before(folder, source, options, completes=completes)
     if completes and before is None:
         completes = False
-    elif last is not None and before is None and options.output_dir is not None:
-        LOG.info(
-            "the output's Fisher is that of %s alone: --add keeps that of %s too",
-            name,
-            ", ".join(task.name for task in read_ledger(folder / "fisher" / LEDGER_NAME).tasks),
-        )
+    elif before is None and options.output_dir is not None and last is not None:
+        left = [task.name for task in read_ledger(folder / "fisher" / LEDGER_NAME).tasks]
+        if name not in left:
+            note = "the output's Fisher is that of %s alone: --add keeps that of %s too"
+            LOG.info(note, name, ", ".join(left))
     origin = None
     if options.after is not None:
         origin = open_origin(options.after, source, options.source.base_model)

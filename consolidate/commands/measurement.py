@@ -199,23 +199,24 @@ def settled_on_texts(estimation: Estimation, model: Model, *, unchanged: bool) -
     return settled_estimation(replace(estimation, estimator=estimation.estimator or own), model)
 
 
-def check_measurable(model: Model, examples: Examples, estimation: Estimation) -> None:
+def check_measurable(model: Model, examples: Examples, estimation: Estimation, seed: int) -> None:
     """Refuse before a training what the Fisher of its task would refuse after it."""
     if any(p.requires_grad for p in model.module.parameters()):  # else nothing can be trained
         measurable(model.module)
     if estimation.estimator == "exact":
         assert estimation.max_outcomes is not None
-        check_outcomes(_outcomes(model, examples), estimation.max_outcomes)
+        measured = subset(len(examples), estimation.max_examples, seed)
+        check_outcomes(_outcomes(model, examples, measured), estimation.max_outcomes)
 
 
 def default_estimator(model: Model, examples: Examples) -> str:
     """Return ``exact`` where an example has up to EXACT_UP_TO outcomes, and ``mc`` beyond."""
-    return "exact" if _outcomes(model, examples) <= EXACT_UP_TO else "mc"
+    return "exact" if _outcomes(model, examples, range(len(examples))) <= EXACT_UP_TO else "mc"
 
 
-def _outcomes(model: Model, examples: Examples) -> int:
-    """Return how many outcomes the longest example has."""
-    longest = max(range(len(examples)), key=examples.length)
+def _outcomes(model: Model, examples: Examples, measured: Sequence[int]) -> int:
+    """Return how many outcomes the longest of some examples has."""
+    longest = max(measured, key=examples.length)
     with eval_mode(model.module), torch.no_grad():
         batch = next(iter(examples.batches(1, order=[longest])))
         inputs, labels = placed(place_of(model.module), *batch)

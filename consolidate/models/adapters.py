@@ -83,11 +83,16 @@ def _attach(model: Model, checkpoint: Checkpoint, dtype: torch.dtype | None) -> 
         ) from error
     layout = layout_of(module, checkpoint)
     low_rank_layers(module)
-    refuse_unmergeable(module)
+    try:
+        refuse_unmergeable(module)
+    except UsageError as error:
+        raise InputError(f"{checkpoint.path}: {error}") from None
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, at in copies_of_base(module, checkpoint.weights).items():
-        here = parameters[at].detach().cpu()
-        if not torch.equal(checkpoint.weights[name].to(here.dtype), here):
+        here, stored = parameters[at].detach().cpu(), checkpoint.weights[name]
+        narrow = torch.promote_types(here.dtype, stored.dtype) != stored.dtype
+        same = stored.dtype if narrow else here.dtype  # one may have been rounded
+        if not torch.equal(stored.to(same), here.to(same)):
             raise InputError(
                 f"{checkpoint.path}: {name} is not the weight of the base model "
                 f"{checkpoint.base.path}: use the base model that the adapter was trained on"

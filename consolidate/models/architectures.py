@@ -11,9 +11,9 @@ from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError, install
 from formats.wording import first_line
 
-# No part of a model: code, which is not run, and kernels, which not every machine has.
-_OF_A_MACHINE = (
-    *("auto_map", "attn_implementation", "_attn_implementation"),
+# Not every machine has them.
+_KERNELS = (
+    *("attn_implementation", "_attn_implementation"),
     *("experts_implementation", "_experts_implementation"),
 )
 _LAYERS = re.compile("layer|depth")
@@ -48,9 +48,12 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
         and "ministral" in transformers.CONFIG_MAPPING
     ):
         kind = "ministral"  # as for transformers' AutoConfig: it attends otherwise
+        declared = contents.get("architectures") or []
+        names = [str(name).replace("Mistral", "Ministral") for name in declared]
+        contents = {**contents, "architectures": names}
     try:
         config = transformers.CONFIG_MAPPING[kind].from_dict(
-            {key: _plain(value) for key, value in contents.items() if key not in _OF_A_MACHINE}
+            {key: _plain(value) for key, value in _of_any_machine(contents).items()}
             | {"model_type": kind}
         )
     except Exception as error:
@@ -157,6 +160,15 @@ def _check_depth(contents: Mapping[str, Any], tensors: int, where: Path) -> None
                         f"{where}/config.json: {name} is {value}, too many for weights of "
                         f"{tensors} tensors"
                     )
+
+
+def _of_any_machine(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out code and kernels, also of parts."""
+    return {
+        key: _of_any_machine(value) if isinstance(value, Mapping) else value
+        for key, value in contents.items()
+        if key != "auto_map" and (key not in _KERNELS or value in ("eager", "sdpa"))
+    }
 
 
 def _plain(value: Any) -> Any:

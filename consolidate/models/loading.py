@@ -361,7 +361,8 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
             return getattr(transformers, kind).from_pretrained(str(folder), **options)
     except Exception as error:
         pieces = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
-        if pieces and kind == "AutoTokenizer" and any(folder.glob("*.model")):
+        whole = (folder / "tokenizer.json").is_file()
+        if pieces and kind == "AutoTokenizer" and not whole and any(folder.glob("*.model")):
             raise UsageError(
                 f"{folder}: the tokenizer is one of SentencePiece: pip install sentencepiece "
                 "protobuf"

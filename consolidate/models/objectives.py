@@ -121,7 +121,7 @@ def check_model_type(config: Mapping[str, Any], where: str = "config.json") -> N
         )
 
 
-def _is_causal_alone(kind: Any) -> bool:
+def _is_causal_alone(config: Mapping[str, Any]) -> bool:
     """Return whether transformers has a type among causal models, and not among encoder-decoders.
 
     Those of texts and images end in ForConditionalGeneration too.
@@ -134,6 +134,7 @@ def _is_causal_alone(kind: Any) -> bool:
         auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
+    kind = config.get("model_type")
     return kind in causal and kind not in both
 
 
@@ -153,7 +154,8 @@ def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
             return OBJECTIVES["regression"]
     for ending, name in _BY_ARCHITECTURE.items():
         if architecture.endswith(ending):
-            causal = name == "seq2seq-lm" and _is_causal_alone(config.get("model_type"))
+            both = config.get("is_encoder_decoder", False)
+            causal = name == "seq2seq-lm" and not both and _is_causal_alone(config)
             return OBJECTIVES["causal-lm" if causal else name]
     if not architecture and "model_type" not in config:
         what = "config.json names no architecture" if config else "there is no config.json"

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,19 +33,19 @@ def best_device(name: str | None = None) -> torch.device:
     return device
 
 
+@cache
 def _available() -> str:
-    """Return the first accelerator that computes; some report a device without memory for it."""
-    found = ["cuda"] if torch.cuda.is_available() else []
-    if torch.backends.mps.is_available() and world_size() == 1:
-        found.append("mps")
-    for name in found:
-        try:
-            torch.ones(1, device=name).add_(1)
-        except (RuntimeError, AssertionError) as error:
-            LOG.warning("%s is there, but cannot be used: %s", name, first_line(error))
-        else:
-            return name
-    return "cpu"
+    """Return the best device that is there; a virtual machine's MPS may have no memory at all."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if not torch.backends.mps.is_available() or world_size() > 1:
+        return "cpu"
+    try:
+        torch.ones(1, device="mps").add_(1)
+    except (RuntimeError, AssertionError) as error:
+        LOG.warning("mps is there, but cannot be used: %s", first_line(error))
+        return "cpu"
+    return "mps"
 
 
 def dtype_of_name(name: str | None) -> torch.dtype | None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import yaml
@@ -125,24 +126,34 @@ def _read(existing: str) -> ModelCard:
 
 
 def _front_matter(card: ModelCard, found: re.Match[str] | None) -> str:
-    """Write the metadata: a field that is as it was keeps its text, with the comments above it."""
-    data, texts = card.data.to_dict(), {} if found is None else _fields(found[2])
+    """Write the metadata: a field that is as it was keeps its text, each its comments above."""
+    data, (texts, end) = card.data.to_dict(), ({}, "") if found is None else _fields(found[2])
     before = {} if found is None else yaml.safe_load(found[2]) or {}
     lines = []
     for key in dict.fromkeys([*before, *data]):
         if key not in data:
             continue
-        same = key in texts and repr(before[key]) == repr(data[key])
-        lines.append(texts[key] if same else yaml_dump({key: data[key]}, sort_keys=False).rstrip())
-    return "\n".join(lines) or "{}"
+        if key in texts and repr(before[key]) == repr(data[key]):
+            lines.append(texts[key])
+            continue
+        above = takewhile(_is_comment, texts.get(key, "").split("\n")) if key in texts else ()
+        lines += [*above, yaml_dump({key: data[key]}, sort_keys=False).rstrip()]
+    return "\n".join([*lines, *([end] if end else [])]) or "{}"
 
 
-def _fields(block: str) -> dict[Any, str]:
-    """Give the text of each field of metadata; none where they cannot be told apart."""
+def _is_comment(line: str) -> bool:
+    return not line.strip() or line.startswith("#")
+
+
+def _fields(block: str) -> tuple[dict[Any, str], str]:
+    """Give the text of each field of metadata, and the comments at the end.
+
+    None where they cannot be told apart.
+    """
     parts: list[str] = []
     above: list[str] = []  # comments and empty lines
     for line in block.split("\n"):
-        if not line.strip() or line.startswith("#"):
+        if _is_comment(line):
             above.append(line)
         elif line.startswith((" ", "-", "\t")) and parts:
             parts[-1] = "\n".join([parts[-1], *above, line])
@@ -155,9 +166,9 @@ def _fields(block: str) -> dict[Any, str]:
         texts = {key: part for one, part in fields for key in one if len(one) == 1}
         together = {key: value for one, _ in fields for key, value in one.items()}
         whole = len(texts) == len(parts) and repr(together) == repr(yaml.safe_load(f"{block}\n"))
-        return texts if whole else {}
+        return (texts, "\n".join(above)) if whole else ({}, "")
     except (yaml.YAMLError, TypeError, AttributeError):
-        return {}
+        return {}, ""
 
 
 def _named(card: ModelCard, repository: str = "") -> tuple[str, ...]:

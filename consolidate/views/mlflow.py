@@ -84,8 +84,10 @@ def _begin(mlflow: Any, command: str) -> tuple[Any, str, bool]:
         name = os.environ.get("MLFLOW_RUN_NAME") or f"consolidate {command}"
         return client, mlflow.start_run(run_name=name).info.run_id, False
     except ModuleNotFoundError as error:  # of the small mlflow, which needs a server
+        own = error.name in ("sqlalchemy", "alembic")
+        packages = "sqlalchemy alembic" if own else error.name
         raise UsageError(
-            f"--mlflow: {public(uri)} needs {error.name}: pip install sqlalchemy alembic, or set "
+            f"--mlflow: {public(uri)} needs {error.name}: pip install {packages}, or set "
             "MLFLOW_TRACKING_URI to a server"
         ) from error
     except Exception as error:

@@ -311,7 +311,9 @@ def test_a_device_that_cannot_compute_is_not_taken_by_itself(
 ) -> None:
     """As the MPS of a virtual machine."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    devices._available.cache_clear()
     assert devices.best_device() == torch.device("cpu")
+    devices._available.cache_clear()
     assert "mps is there, but cannot be used: " in caplog.text
 
 

@@ -168,6 +168,21 @@ def test_other_copies_of_the_weights_are_not_fetched(wide: Path, tmp_path: Path,
     assert code == 0, err
 
 
+def test_shards_whose_names_begin_like_a_copy_are_fetched(
+    wide: Path, tmp_path: Path, hub: Hub
+) -> None:
+    shard = "model.safetensors-00001-of-00001.safetensors"
+    names = load_file(wide / "model.safetensors")
+    (wide / "model.safetensors").rename(wide / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+    (wide / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.put("user/name", wide)
+    words = ("evaluate", "user/name", "--data", tmp_path / "old.npz", "--model", MAKE)
+    code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
+    assert code == 0, err
+    assert hub.sent[shard]
+
+
 def test_a_header_on_the_hub_that_the_ledger_does_not_list(
     wide: Path, tmp_path: Path, hub: Hub
 ) -> None:

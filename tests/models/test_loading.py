@@ -540,7 +540,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
         ({"model_type": "bert", "architectures": 7}, "architectures is of type int"),
         ({"model_type": "bert", "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         (
-            {"model_type": "bert", "layers": [10**9], "vocab_size_per_layer_input": 10**9},
+            {"model_type": "bert", "vocab_size_per_layer_input": 10**9, "layers": [10**9]},
             "layers is",
         ),
         ({"model_type": "clip", "text_config": {"num_hidden_layers": 1e9}}, "num_hidden_layers is"),

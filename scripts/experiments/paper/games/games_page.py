@@ -20,9 +20,9 @@ from scripts.experiments.paper.games.environments import (
 )
 from scripts.experiments.paper.games.environments import VIEWS as SEEN
 from scripts.experiments.paper.games.games_scores import (
-    CEILING,
     LEAST,
     METHODS,
+    NEARLY,
     TITLES,
     Looks,
     after_as_many_steps,
@@ -88,9 +88,8 @@ which leaves out that of the single agents.{missing}
 {claims}
 
 A claim holds, or does not, where the gap is two standard errors above, or below, 0 over all {seeds}
-seeds{chance}. The ratio is that of the sums of the last third, the gap that of one seed minus what
-is claimed. Twice no protection and {ceiling:.0%} of the single agents are this repository's marks,
-not the paper's.
+seeds{chance}. The ratio is that of the sums of the last third; the gap says by how much the claim
+is true, seed by seed. The shares and the factor two are this repository's marks, not the paper's.
 
 ![Score of each game over training, its visits shaded]({name}-each.png)
 
@@ -256,7 +255,6 @@ def _whole(
         chance="; with three, a gap that is 0 in truth holds by chance in 9 of 100 cases"
         if seeds == 3
         else "",
-        ceiling=CEILING,
         name=name,
         table=_table(main),
         counted=_ofviews(main, lambda view: f"{len(counted(main, view))} games"),
@@ -631,8 +629,8 @@ def _rows(records: Sequence[Record], name: str, seeds: int) -> list[Row]:
     published = {
         NONE: ("stays below 1", f"{count} games here, ten of Atari there, in units of a human"),
         L2: ("–", "the same protocol with a Fisher of 1"),
-        EWC: ("well above no protection", "the claim is that it is above"),
-        RECOGNISED: ("nearly as with true labels", "the claim is that it is 95 % of them"),
+        EWC: ("well above no protection", "held against being above"),
+        RECOGNISED: ("nearly as with true labels", f"held against {NEARLY:.0%} of them"),
     }
     prefix = name.replace("-", ", ")
     rows = []
