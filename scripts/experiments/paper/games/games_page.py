@@ -146,7 +146,7 @@ RECOGNITION = """
 ## Recognising the game
 
 The recogniser sees every frame of one of the {copies} copies. In each context each pixel has a
-Dirichlet prior that weighs as much as {prior:g} frames. Its mean is how often each value is seen,
+Dirichlet prior of the weight of {prior:g} frames. Its mean is how often each value is seen,
 whatever the pixel; the hold-out has this prior alone. (The published hold-out is uniform. It would
 never win here, where few cells are occupied.) The paper's windows have 4 frames. Here a window of
 {window} is one frame to the recogniser, of all cells that were occupied in it: in single frames,
@@ -315,7 +315,7 @@ def _with_error(found: Mean, digits: int = 2) -> str:
     if math.isnan(found.value):
         return "–"
     error = f" ± {found.error:.{digits}f}" if found.seeds > 1 else ""
-    return f"{found.value:.{digits}f}{error}"
+    return f"{found.value:z.{digits}f}{error}".replace("-", "−")
 
 
 def _table(records: Sequence[Record]) -> str:
