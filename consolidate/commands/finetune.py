@@ -276,7 +276,7 @@ def _measuring(plan: Plan, start: Start) -> Callable[..., FisherDiagonal]:
     asked = replace(asked, batch_size=asked.batch_size or plan.recipe.batch_size)
     estimation = settled_estimation(asked, start.model, start.examples, prefix="fisher-")
     if not plan.options.measuring.no_fisher or plan.options.interpolating.interpolation == "fisher":
-        check_measurable(start.model, start.examples, estimation, plan.recipe.seed)
+        check_measurable(start.model, start.examples, asked, plan.recipe.seed)
     return partial(
         measure_fisher,
         start.model,

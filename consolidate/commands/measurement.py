@@ -200,13 +200,13 @@ def settled_on_texts(estimation: Estimation, model: Model, *, unchanged: bool) -
 
 
 def check_measurable(model: Model, examples: Examples, estimation: Estimation, seed: int) -> None:
-    """Refuse before a training what the Fisher of its task would refuse after it."""
+    """Refuse before a training what the Fisher that is asked for would refuse after it."""
     if any(p.requires_grad for p in model.module.parameters()):  # else nothing can be trained
         measurable(model.module)
     if estimation.estimator == "exact":
-        assert estimation.max_outcomes is not None
         measured = subset(len(examples), estimation.max_examples, seed)
-        check_outcomes(_outcomes(model, examples, measured), estimation.max_outcomes)
+        most = estimation.max_outcomes or MAX_OUTCOMES
+        check_outcomes(_outcomes(model, examples, measured), most)
 
 
 def default_estimator(model: Model, examples: Examples) -> str:
