@@ -105,9 +105,8 @@ def _computing(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
     for key, value in config.items():
         if value is None or key in _IRRELEVANT_KEYS or any(word in key for word in _DROPOUT):
             continue
-        if key == "rope_parameters" and isinstance(
-            value, dict
-        ):  # transformers 5; before, without a folder of its own
+        # transformers 5 has them in a mapping, which those before have not.
+        if key == "rope_parameters" and isinstance(value, dict):
             found |= _computing({k: v for k, v in value.items() if v != "default"}, at)
         elif isinstance(value, dict):
             found |= _computing(value, f"{at}{key}.")
