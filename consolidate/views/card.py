@@ -126,7 +126,7 @@ def _read(existing: str) -> ModelCard:
 
 
 def _front_matter(card: ModelCard, found: re.Match[str] | None) -> str:
-    """Write the metadata: a field that is as it was keeps its text, each its comments above."""
+    """Write the metadata: a field keeps the comments above it, and its text if it is as it was."""
     data, (texts, end) = card.data.to_dict(), ({}, "") if found is None else _fields(found[2])
     before = {} if found is None else yaml.safe_load(found[2]) or {}
     lines = []
@@ -136,7 +136,7 @@ def _front_matter(card: ModelCard, found: re.Match[str] | None) -> str:
         if key in texts and repr(before[key]) == repr(data[key]):
             lines.append(texts[key])
             continue
-        above = takewhile(_is_comment, texts.get(key, "").split("\n")) if key in texts else ()
+        above = takewhile(_is_comment, texts[key].split("\n")) if key in texts else ()
         lines += [*above, yaml_dump({key: data[key]}, sort_keys=False).rstrip()]
     return "\n".join([*lines, *([end] if end else [])]) or "{}"
 
