@@ -12,6 +12,7 @@ from consolidate import results
 from consolidate.fields import REQUIRED, Flat, bounds_of, default_words, flat_options
 from consolidate.flags import grouped_with
 from consolidate.options import COMMANDS, TYPED
+from consolidate.views import markdown
 
 # what they name is described by digest
 CONTENT = ("data", "prompts", "fisher", "base_model", "revision", "replay", "after")
@@ -149,11 +150,15 @@ def options_page() -> str:
         kept = name in ("fisher", "finetune")  # whose outputs are kept while they are up to date
         heads = ["option", "value", "default", *["changes the result"] * kept, "meaning"]
         for title, flats in grouped_with(record, *TYPED[name]).items():
-            rows = [heads, ["---"] * len(heads), *(_row(flat, kept, typed) for flat in flats)]
-            lines = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in rows]
             parts.append(f"**{title}**\n")
-            parts.append("".join(f"| {line} |\n" for line in lines))
+            parts.append(table(heads, [_row(flat, kept, typed) for flat in flats]))
     return "\n".join(parts)
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """Write a Markdown table; a | in a cell is escaped."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (heads, *rows)]
+    return markdown.table(lines) + "\n"
 
 
 def _row(flat: Flat, kept: bool, typed: Collection[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import consolidate
 from consolidate import ConsolidateError
+from scripts.option_pages import table
 
 WIDTH = 96
 INTRODUCTION = """# Python
@@ -37,22 +38,16 @@ def python_page() -> str:
     parts = [INTRODUCTION]
     for title, names in (("Commands", commands), ("Modules and tensors", others)):
         rows = [[f"[`{name}`](#{name.lower()})", _summary(it)] for name, it in names.items()]
-        parts += [f"## {title}\n", _table(["name", "what it does"], rows)]
+        parts += [f"## {title}\n", table(["name", "what it does"], rows)]
         parts += [part for name, it in names.items() for part in _entry(name, it, "###")]
     rows = [[f"`{n}`", str(error.exit_code), _summary(error)] for n, error in errors.items()]
     parts.append(ERRORS)
-    parts.append(_table(["error", "exit code", "when"], rows))
+    parts.append(table(["error", "exit code", "when"], rows))
     return "\n".join(parts)
 
 
 def _summary(it: Any) -> str:
     return _markup(" ".join((inspect.getdoc(it) or "").split("\n\n")[0].split()))
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def _entry(name: str, it: Any, level: str) -> Iterator[str]:

@@ -21,14 +21,13 @@ from scripts.benchmarks.competitors import Case, ours, training_pass
 from scripts.benchmarks.harness import (
     Double,
     double,
-    installed,
-    markdown,
     relative_errors,
     squares_one_by_one,
     start,
     take,
     write_page,
 )
+from scripts.experiments.lib.common import markdown
 
 BATCH, T, VOCABULARY, PIXELS = 8, 12, 99, 64
 TEXT = """
@@ -411,7 +410,7 @@ def main() -> None:
         others="\n".join(others) or "Nothing.",
         failures="\n## What failed\n\n" + "\n".join(failures) if failures else "",
     )
-    packages = [name for name in ("transformers", "torchvision") if installed(name)]
+    packages = ["transformers", "timm", "torchvision"]
     partial = bool(options.quick or options.only)
     write_page("fisher-architectures", text, quick=partial, packages=packages)
 

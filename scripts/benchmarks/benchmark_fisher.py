@@ -42,13 +42,13 @@ from scripts.benchmarks.harness import (
     double,
     forward_backward,
     installed,
-    markdown,
     quick_size,
     relative_errors,
     squares_one_by_one,
     start,
     write_page,
 )
+from scripts.experiments.lib.common import markdown
 
 PACKAGES = [
     *("transformers", "backpack-for-pytorch", "nngeometry", "opacus", "asdfghjkl"),

@@ -23,7 +23,8 @@ from consolidate.models.sampling import continued, reread, up_to_end
 from consolidate.options import Generation
 from formats.checkpoint import open_checkpoint
 from formats.fisher_folder import read_fisher
-from scripts.benchmarks.harness import Size, make_checkpoint, markdown, start, write_page
+from scripts.benchmarks.harness import Size, make_checkpoint, start, write_page
+from scripts.experiments.lib.common import markdown
 
 TEXT = """
 # Generated texts: batch size, rounding, chance
@@ -195,7 +196,7 @@ def main() -> None:
         folder = options.model
         if folder is None:
             folder = Path(place) / "model"
-            make_checkpoint(folder, Size(16, 16, 1, 1, 1), 0, vocabulary=200)
+            make_checkpoint(folder, Size(16, 16, 1, 1, 1), vocabulary=200)
         rows = [
             row
             for dtype in (torch.float32, torch.bfloat16)

@@ -20,12 +20,12 @@ from scripts.benchmarks.harness import (
     Peak,
     Size,
     make_checkpoint,
-    markdown,
     results_folder,
     watch,
     write_page,
     write_texts,
 )
+from scripts.experiments.lib.common import markdown
 
 TEXT = """
 # Peak memory
@@ -123,7 +123,7 @@ def measure(name: str, folder: Path, chosen: Sequence[str]) -> Iterator[Measured
         chosen: The names of the commands; all unless given.
     """
     vocabulary = 32000 if name in SIZES else 100
-    parameters = make_checkpoint(folder / "old", SIZES.get(name, EMPTY), 0, vocabulary)
+    parameters = make_checkpoint(folder / "old", SIZES.get(name, EMPTY), vocabulary)
     for seed, data in enumerate(("old", "new")):
         write_texts(folder / f"{data}.jsonl", seed, SEQUENCES, TOKENS)
     old, new = str(folder / "old"), str(folder / "new")

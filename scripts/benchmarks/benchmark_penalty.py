@@ -19,7 +19,8 @@ from consolidate.ewc.block_penalty import BlockPenalty
 from consolidate.ewc.penalty import Penalty, WeightPenalty
 from formats.fisher_json import Block
 from scripts.benchmarks import harness
-from scripts.benchmarks.harness import Workload, markdown, nll, start, write_page
+from scripts.benchmarks.harness import Workload, nll, start, write_page
+from scripts.experiments.lib.common import markdown
 
 NAMES = ("mlp", "bert", "minilm")
 WORKLOADS = harness.WORKLOADS | {

@@ -19,12 +19,12 @@ from scripts.benchmarks.harness import (
     INTERVAL,
     Size,
     make_checkpoint,
-    markdown,
     results_folder,
     watch,
     write_page,
     write_texts,
 )
+from scripts.experiments.lib.common import markdown
 
 TEXT = """
 # Memory of sharded models
@@ -98,20 +98,17 @@ class Run(NamedTuple):
     line: str
 
 
-def measure(
-    folder: Path, empty: bool, processes: Sequence[int], done: Sequence[Run]
-) -> Iterator[Run]:
+def measure(folder: Path, empty: bool, done: Sequence[Run]) -> Iterator[Run]:
     """Run commands on a model; yield what was seen of each of them.
 
     Args:
         folder: For the checkpoints.
         empty: Whether the model is empty. Then only the memory of a process without a model is of
             interest, by the command that does most.
-        processes: How many are started.
         done: What was measured before. Only the Fisher that the others need is measured again.
     """
     size, vocabulary = (EMPTY, 100) if empty else (MODEL, VOCABULARY)
-    counted = make_checkpoint(folder / "old", size, 0, vocabulary)
+    counted = make_checkpoint(folder / "old", size, vocabulary)
     assert counted == parameters_of(size, vocabulary)[0]
     for seed, data in enumerate(("old", "new")):
         write_texts(folder / f"{data}.jsonl", seed, SEQUENCES, TOKENS)
@@ -124,9 +121,9 @@ def measure(
         "finetune, AdamW": training,
     }
     known = {run[:3] for run in done if (run.name, run.processes) != ("fisher", 1)}
-    chosen = [(name, count) for count in processes for name in COMMANDS]
+    chosen = [(name, count) for count in PROCESSES for name in COMMANDS]
     if empty:
-        chosen = [("finetune, SGD", count) for count in processes]
+        chosen = [("finetune, SGD", count) for count in PROCESSES]
     for name, count in dict.fromkeys([("fisher", 1), *chosen]):
         if (empty, name, count) in known:
             continue
@@ -230,7 +227,7 @@ def main() -> None:
     harness.STARTED -= sum(run.seconds for run in runs)
     for empty in (True,) if quick else (True, False):
         with tempfile.TemporaryDirectory() as place:
-            for run in measure(Path(place), empty, PROCESSES, runs):
+            for run in measure(Path(place), empty, runs):
                 runs = [other for other in runs if other[:3] != run[:3]] + [run]
                 if not quick:
                     kept.write_text(json.dumps([one._asdict() for one in runs]))

@@ -24,11 +24,11 @@ from scripts.benchmarks.harness import (
     EMPTY,
     ROOT,
     make_checkpoint,
-    markdown,
     start,
     write_page,
     write_texts,
 )
+from scripts.experiments.lib.common import markdown
 
 TEXT = """
 # The commands from end to end
@@ -339,12 +339,12 @@ class Beside(NamedTuple):
     after: Moment
 
 
-def run_alone(job: Job, rounds: int, folder: Path, forms: Sequence[str]) -> dict[str, list[Beside]]:
+def run_alone(job: Job, rounds: int, folder: Path) -> dict[str, list[Beside]]:
     """Return what runs of each form took beside their steps, with one thread."""
-    found: dict[str, list[Beside]] = {form: [] for form in forms}
+    found: dict[str, list[Beside]] = {form: [] for form in FORMS}
     order = random.Random(0)
     for _ in range(rounds):
-        for form in order.sample(forms, len(forms)):
+        for form in order.sample(FORMS, len(FORMS)):
             run = Run(form, job, 1, folder, waits=False)
             steps = [run.next()[0] for _ in range(job.steps)]
             ended = run.next()[0].ended
@@ -443,14 +443,14 @@ def measure_rates(checkpoint: Path, folder: Path, rounds: int) -> dict[str, list
 def prepare(options: Any, folder: Path) -> dict[str, Job]:
     """Write the data and the checkpoints with their Fishers, and return the jobs by name."""
     if options.quick:
-        make_checkpoint(folder / "model", EMPTY, 0, vocabulary=100)
+        make_checkpoint(folder / "model", EMPTY, vocabulary=100)
         write_texts(folder / "texts.jsonl", 0, sequences=8, tokens=16)
         job = Job("Llama, empty", "model", "texts.jsonl", False, batch=2, length=16, steps=3)
         jobs = {"language model": job}
     else:
-        from scripts.experiments.tasks.newsgroups import read_messages
+        from scripts.experiments.lib.tokenized import read_table
 
-        messages = read_messages(options.data_dir / "20newsgroups-train.tab")
+        messages = read_table(options.data_dir / "20newsgroups-train.tab")
         random.Random(0).shuffle(messages)
         rows = [{"text": text, "label": group.split(".")[0]} for group, text in messages]
         for name, chosen in (
@@ -558,7 +558,7 @@ def main() -> None:
         for job in jobs.values():
             for count in threads:
                 shown[f"{job.title}, threads: {count}"] = take_turns(job, count, folder)
-            alone[job.title] = run_alone(replace(job, steps=2), rounds, folder, FORMS)
+            alone[job.title] = run_alone(replace(job, steps=2), rounds, folder)
         last = list(jobs.values())[-1].start
         commands = {
             "`import torch`": ["-c", "import torch"],

@@ -10,13 +10,13 @@ from torch.nn import functional
 import consolidate
 from scripts.benchmarks.harness import (
     Panel,
-    markdown,
     mlp,
     plot_powers,
     results_folder,
     start,
     write_page,
 )
+from scripts.experiments.lib.common import markdown
 
 EXAMPLES = 256
 TEXT = """

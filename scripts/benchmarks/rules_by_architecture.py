@@ -17,7 +17,8 @@ from torch import nn
 import consolidate
 from consolidate.estimation.gradient_methods import METHODS
 from scripts.benchmarks.benchmark_architectures import BATCH, NETWORKS, made, patterns
-from scripts.benchmarks.harness import installed, markdown, start, take, write_page
+from scripts.benchmarks.harness import start, take, write_page
+from scripts.experiments.lib.common import markdown
 
 UNUSED = "frozen or not used"  # by the outputs of the small model
 TEXT = """
@@ -195,7 +196,7 @@ def main() -> None:
         print(*rows[-1], file=sys.stderr)
     header = ["", "million parameters", *(f"by {method}, %" for method in METHODS), f"{UNUSED}, %"]
     text = TEXT.format(table=markdown(header, rows), others="\n".join(others) or "Nothing.")
-    packages = [name for name in ("transformers", "timm", "torchvision") if installed(name)]
+    packages = ["transformers", "timm", "torchvision"]
     quick = bool(options.quick or options.only)
     write_page("fisher-rules", text, quick=quick, packages=packages)
 

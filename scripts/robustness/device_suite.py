@@ -28,11 +28,11 @@ from scripts.benchmarks.harness import (
     Size,
     forward_backward,
     make_checkpoint,
-    markdown,
     start,
     write_page,
     write_texts,
 )
+from scripts.experiments.lib.common import markdown
 
 TEXT = """
 # On an accelerator: {name}
@@ -228,7 +228,7 @@ def tune_everywhere(device: str, quick: bool) -> tuple[str, int, int, bool]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         size, vocabulary = (EMPTY, 100) if quick else (LLAMA, 8000)
-        parameters = make_checkpoint(folder / "model", size, 0, vocabulary)
+        parameters = make_checkpoint(folder / "model", size, vocabulary)
         for seed, name in enumerate(("old", "new")):
             write_texts(folder / f"{name}.jsonl", seed, sequences=8, tokens=16 if quick else 64)
         runs = {"cpu": tune(folder, "cpu", steps), device: tune(folder, device, steps)}

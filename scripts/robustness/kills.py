@@ -508,7 +508,7 @@ def strike(children: Sequence[int], command: Command, random: Random) -> tuple[s
 
 def one_round(command: Command, number: int, seed: int, whole: Whole, pace: float = 1.0) -> Record:
     """Start a command until it is done, kill it at random moments before, and compare."""
-    random, early = Random(f"{seed} {command.name} {number}"), 0
+    random = Random(f"{seed} {command.name} {number}")
     kills: list[list[str]] = []
     differences: list[str] = []
     began, _CPU[0] = time.monotonic(), 0.0
@@ -522,7 +522,7 @@ def one_round(command: Command, number: int, seed: int, whole: Whole, pace: floa
             codes = wait_for_moment(children, folder, whole, random, longer)
             running = [child for child, code in zip(children, codes, strict=True) if code is None]
             if not running:
-                code, early = max(code or 0 for code in codes if code != 3 or not command.twice), 1
+                code = max(code or 0 for code in codes if code != 3 or not command.twice)
                 break
             name, wrong = strike(running, command, random)
             differences += wrong
@@ -544,7 +544,6 @@ def one_round(command: Command, number: int, seed: int, whole: Whole, pace: floa
         "round": number,
         "seed": seed,
         "kills": kills,
-        "early": early,
         "differences": differences,
         "seconds": round(time.monotonic() - began, 2),
         "cpu": round(_CPU[0], 2),

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from scripts.benchmarks.harness import ROOT, installed, markdown, processor
+from scripts.benchmarks.harness import ROOT, installed, processor
+from scripts.experiments.lib.common import markdown
 from scripts.robustness.records import Record, read_records
 
 TEXT = """# Robustness

@@ -164,7 +164,7 @@ def test_a_record_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
 
 def test_the_page_is_that_of_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "robustness"
-    record = {"command": kills.COMMANDS[0].name, "kills": [["SIGKILL", "Fisher"]], "early": 1}
+    record = {"command": kills.COMMANDS[0].name, "kills": [["SIGKILL", "Fisher"]]}
     record |= {"round": 0, "seed": 0, "differences": ["a"], "seconds": 1.0, "cpu": 1.0}
     add_record(folder / "kills.jsonl", record)
     monkeypatch.setattr("sys.argv", ["robustness.py", "--report", "--folder", str(folder)])

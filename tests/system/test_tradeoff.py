@@ -36,7 +36,7 @@ from scripts.experiments.lib.records import (
 )
 from scripts.experiments.lib.tuning import Done, Job, fit, packed
 from scripts.experiments.methods import by_ewc_floor, by_inputs, by_l2, by_l2_growing
-from scripts.experiments.tasks import confirm_records, tradeoff
+from scripts.experiments.tasks import confirm_records, structures, tradeoff, without_data
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = tradeoff.sittings.installed(tradeoff.KIND.packages)
@@ -524,6 +524,9 @@ def test_missing_data_are_named(tmp_path: Path) -> None:
     words.data_dir = tmp_path
     with pytest.raises(SystemExit, match=r"20newsgroups-train.tab.* is not there.*--only"):
         tradeoff.bound(experiment, words)
+    for other in (structures, without_data):
+        with pytest.raises(SystemExit, match=r"20newsgroups-train.tab(?!.*--only)"):
+            other.KIND.bound(other.EXPERIMENT, words)
     words.plan = True
     assert tradeoff.bound(experiment, words) == experiment
 

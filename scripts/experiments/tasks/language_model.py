@@ -19,7 +19,7 @@ from scripts.experiments.lib.common import (
     sweep,
     write_report,
 )
-from scripts.experiments.tasks.newsgroups import read_messages
+from scripts.experiments.lib.tokenized import read_table
 
 FILES = {
     "train": slice(0, 20),
@@ -69,7 +69,7 @@ def prepare(
     for part in counts:
         prose = [plain_text(file.read_text(encoding="utf-8")) for file in files[FILES[part]]]
         source = "test" if part == "test" else "train"
-        messages = read_messages(newsgroups / f"20newsgroups-{source}.tab")
+        messages = read_table(newsgroups / f"20newsgroups-{source}.tab")
         talk = [text for group, text in messages if group == "rec.sport.hockey"]
         for task, texts in (("a", prose), ("b", talk[MESSAGES[part]])):
             left = 200 if session.quick else counts[part]

