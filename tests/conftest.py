@@ -1,57 +1,40 @@
 import gc
-import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from consolidate.api import finetune
 from support import loopback_hub
-from support.networks import FAST, SIZES, make_network
+from support.checkpoints import Write, first_task, random_network, write_clusters
+from support.networks import FAST
 
 
 @pytest.fixture
 def network_checkpoint(tmp_path: Path) -> Path:
     """A folder with the random weights of `make_network`."""
-    folder = tmp_path / "start"
-    folder.mkdir()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = make_network({"sizes": SIZES})
-    save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"sizes": SIZES}))
-    (folder / "LICENSE").write_text("free\n")
-    return folder
+    return random_network(tmp_path / "start")
 
 
 @pytest.fixture
-def write_task(tmp_path: Path) -> Callable[..., Path]:
+def write_task(tmp_path: Path) -> Write:
     """Write a learnable task for `make_network`: three noisy clusters, placed by the seed."""
+    return partial(write_clusters, tmp_path)
 
-    def write(name: str, seed: int = 0, count: int = 60) -> Path:
-        random = np.random.default_rng(seed)
-        labels = random.integers(0, 3, count)
-        inputs = random.normal(size=(3, SIZES[0]))[labels] * 2 + random.normal(
-            size=(count, SIZES[0])
-        )
-        path = tmp_path / f"{name}.npz"
-        np.savez(path, inputs=inputs.astype(np.float32), labels=labels)
-        return path
 
-    return write
+@pytest.fixture(scope="module")
+def learned_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that knows task a, which `learned` copies."""
+    folder = tmp_path_factory.mktemp("learned")
+    return first_task(folder, write_clusters(folder, "a", count=120), epochs=20, **FAST)
 
 
 @pytest.fixture
-def learned(network_checkpoint: Path, write_task: Callable[..., Path], tmp_path: Path) -> Path:
+def learned(learned_once: Path, tmp_path: Path) -> Path:
     """A checkpoint that knows task a."""
-    out = tmp_path / "first"
-    options = {**FAST, "epochs": 20, "penalty": "none"}
-    finetune(network_checkpoint, write_task("a", count=120), output_dir=out, **options)
-    return out
+    return shutil.copytree(learned_once, tmp_path / "first")
 
 
 @pytest.fixture

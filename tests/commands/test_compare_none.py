@@ -12,7 +12,7 @@ from consolidate.api import finetune, report
 from consolidate.commands import finetune_run
 from consolidate.views.text import comparison_text, finetune_text, points, score_text
 from formats.errors import InputError, NonFiniteError, UsageError
-from support.checkpoints import Write
+from support.checkpoints import Write, first_task, write_clusters
 from support.command_line import MODEL, run
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents
@@ -22,12 +22,10 @@ from support.together import ended, started
 COMMON = {"ewc_lambda": 100.0, "epochs": 3, **FAST}
 
 
-@pytest.fixture
-def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
-    """A checkpoint that knows task a."""
-    out, a = tmp_path / "first", write_task("a")
-    finetune(network_checkpoint, a, output_dir=out, penalty="none", epochs=20, **FAST)
-    return out
+@pytest.fixture(scope="module")
+def learned_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learned")
+    return first_task(folder, write_clusters(folder, "a"), epochs=20, **FAST)
 
 
 def compared(learned: Path, out: Path, write_task: Write, **options: Any) -> Any:

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from formats.fisher_folder import read_fisher
 from formats.rows import file_digest
 from support import tiny_models
 from support.checkpoints import Write, measured_by_hand
-from support.faults import Killed, break_off
+from support.faults import break_off, killed_and_resumed
 from support.folders import contents, fisher_of, flip
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK, make_network, normed_network
@@ -563,7 +564,7 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
 
 
 def test_a_bare_model_takes_its_fisher_to_the_names_beside_a_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A decoder without a head, whose output is tied, measured first as a language model."""
     start = tiny_models.save(
@@ -601,10 +602,9 @@ def test_a_bare_model_takes_its_fisher_to_the_names_beside_a_head(
     # Again from the same start, and after an interruption.
     assert consolidate.finetune(start, data, **options)["status"] == "cached"
     options["output_dir"] = tmp_path / "again"
-    break_off(monkeypatch, step=3)
-    with pytest.raises(Killed):
-        consolidate.finetune(start, data, **options)
-    consolidate.finetune(start, data, **options)
+    command = partial(consolidate.finetune, start, data, **options)
+    kill = partial(break_off, monkeypatch, step=3)
+    killed_and_resumed(command, tmp_path / "again", caplog, kill)
     for file in ("model.safetensors", "fisher/fisher.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
     consolidate.finetune(

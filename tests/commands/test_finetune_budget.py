@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +14,37 @@ from consolidate.commands import finetune_budget
 from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.runtime import signals
 from formats.errors import ForgettingError, NonFiniteError, UsageError
-from support.checkpoints import normed
+from support.checkpoints import Write, first_task, normed
 from support.command_line import run
-from support.faults import Killed, break_off, kill_after
+from support.faults import break_off, kill_after, killed_and_resumed
 from support.folders import contents
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK, SIZES
 
-Write = Callable[..., Path]
 COMMON: dict[str, Any] = {**FAST, "epochs": 12}
+
+
+def write_turned(folder: Path, name: str, seed: int = 0, count: int = 60) -> Path:
+    """Write rows of a, or of b, in which the same three clusters have other labels."""
+    centres = np.random.default_rng(0).normal(size=(3, SIZES[0])) * 2
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 3, count)
+    inputs = centres[labels] + random.normal(size=(count, SIZES[0]))
+    path = folder / f"{name}.npz"
+    turned = (labels + name.startswith("b")) % 3
+    np.savez(path, inputs=inputs.astype(np.float32), labels=turned)
+    return path
 
 
 @pytest.fixture
 def write_task(tmp_path: Path) -> Write:
-    """Write rows of a, or of b, in which the same three clusters have other labels."""
-    centres = np.random.default_rng(0).normal(size=(3, SIZES[0])) * 2
+    return partial(write_turned, tmp_path)
 
-    def write(name: str, seed: int = 0, count: int = 60) -> Path:
-        random = np.random.default_rng(seed)
-        labels = random.integers(0, 3, count)
-        inputs = centres[labels] + random.normal(size=(count, SIZES[0]))
-        path = tmp_path / f"{name}.npz"
-        turned = (labels + name.startswith("b")) % 3
-        np.savez(path, inputs=inputs.astype(np.float32), labels=turned)
-        return path
 
-    return write
+@pytest.fixture(scope="module")
+def learned_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learned")
+    return first_task(folder, write_turned(folder, "a", count=120), epochs=20, **FAST)
 
 
 @pytest.fixture
@@ -127,7 +132,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_is_killed_anywhere_resumes_to_the_same_bytes(
-    write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
 ) -> None:
     old, new = write_task("old"), write_task("b", seed=1, count=120)
     held = write_task("held", seed=3, count=150)
@@ -137,32 +146,26 @@ def test_a_run_that_is_killed_anywhere_resumes_to_the_same_bytes(
     options |= WAYS[way]
     whole = finetune(start, new, output_dir=tmp_path / "whole", **options)
     assert whole["budget_path"]
-
-    def again() -> Any:
-        return finetune(start, new, output_dir=tmp_path / "killed", **options)
-
     measure = finetune_budget.Controller._lost
-    for stop in (1, 5):  # in a measurement, or after a step that is kept
-        break_off(monkeypatch, stop)
-        with pytest.raises(Killed):
-            again()
+
+    def stop_measuring() -> None:
+        """Stop at the second measurement."""
         calls: list[int] = []
 
-        def broken(self: Any, calls: list[int] = calls) -> Any:
+        def broken(self: Any) -> Any:
             calls.append(1)
             if len(calls) == 2:
+                monkeypatch.setattr(finetune_budget.Controller, "_lost", measure)
                 raise signals.Terminated
             return measure(self)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(finetune_budget.Controller, "_lost", broken)
-            with pytest.raises(signals.Terminated):
-                again()
-        monkeypatch.undo()
-    kill_after(monkeypatch, 32)
-    with pytest.raises(Killed):
-        again()
-    resumed = again()
+        monkeypatch.setattr(finetune_budget.Controller, "_lost", broken)
+
+    kills = [partial(break_off, monkeypatch, 1), stop_measuring]
+    kills += [partial(break_off, monkeypatch, 5), stop_measuring]
+    kills += [partial(kill_after, monkeypatch, 32)]
+    command = partial(finetune, start, new, output_dir=tmp_path / "killed", **options)
+    resumed = killed_and_resumed(command, tmp_path / "killed", caplog, *kills)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     for key in ("budget", "budget_path", "ewc_lambda", "interpolation"):
         assert resumed[key] == whole[key]

@@ -12,7 +12,7 @@ from torch import nn
 from consolidate.api import evaluate, finetune
 from formats.errors import ForgettingError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import read_fisher
-from support.checkpoints import Write
+from support.checkpoints import Write, first_task, write_clusters
 from support.command_line import run
 
 NETWORK = {"model": "support.networks:make_network"}
@@ -31,12 +31,10 @@ def noisy(config: dict[str, Any]) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
 
 
-@pytest.fixture
-def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
-    """A checkpoint that knows task a."""
-    out, options = tmp_path / "first", FAST | {"epochs": 20, "penalty": "none"}
-    finetune(network_checkpoint, write_task("a", count=120), output_dir=out, **options)
-    return out
+@pytest.fixture(scope="module")
+def learned_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learned")
+    return first_task(folder, write_clusters(folder, "a", count=120), **FAST | {"epochs": 20})
 
 
 def weights(folder: Path) -> bytes:

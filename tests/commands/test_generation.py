@@ -300,11 +300,14 @@ def test_killed_while_generating_it_resumes_to_the_same_bytes(
 
 
 def test_killed_in_the_pass_no_text_is_generated_again(
-    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpt2: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr("consolidate.estimation.compensated_sums.FOLDED_BATCHES", 2)
     consolidate.fisher(gpt2, **FEW, output_dir=tmp_path / "whole")
     options = {**FEW, "output_dir": tmp_path / "out", "save_every_minutes": 0}
-    monkeypatch.setattr("consolidate.estimation.compensated_sums.FOLD_EVERY", 2, raising=False)
     kill_after(monkeypatch, 4)
     with pytest.raises(Killed):
         consolidate.fisher(gpt2, **options)
@@ -313,7 +316,9 @@ def test_killed_in_the_pass_no_text_is_generated_again(
         raise AssertionError("generated again")
 
     monkeypatch.setattr(generation_command, "keep_texts", refused)
-    consolidate.fisher(gpt2, **options)
+    with caplog.at_level("INFO", "consolidate"):
+        consolidate.fisher(gpt2, **options)
+    assert "resuming after 4 of 6 examples" in caplog.messages
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

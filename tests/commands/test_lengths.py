@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from consolidate.data.examples import Examples, subset
 from consolidate.data.text_examples import TextExamples
 from consolidate.estimation import compensated_sums
 from consolidate.estimation.estimates import FisherDiagonal
-from support.faults import Killed, kill_after
+from support.faults import kill_after, killed_and_resumed
 from support.folders import contents
 from support.tiny_models import bert_config, byte_tokenizer, gpt2_config, save, word_tokenizer
 from support.together import ended, started
@@ -137,7 +138,10 @@ def test_squares_of_whole_batches_keep_the_order(tmp_path: Path, seen: Seen) -> 
 
 @pytest.mark.parametrize("options", [{}, {"tolerance": 0.5}])
 def test_a_killed_pass_resumes_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(compensated_sums, "FOLDED_BATCHES", 3)  # not where a window ends
     model, data = make(tmp_path, count=90)
@@ -148,11 +152,10 @@ def test_a_killed_pass_resumes_to_the_same_bytes(
     )
     assert contents(tmp_path / "whole") == contents(tmp_path / "again")
     assert whole["examples"] == again["examples"] >= 64
-    for examples in (22, 50):
-        kill_after(monkeypatch, examples)
-        with pytest.raises(Killed):
-            consolidate.fisher(model, data, **options, output_dir=tmp_path / "killed")
-    resumed = consolidate.fisher(model, data, **options, output_dir=tmp_path / "killed")
+    killed = tmp_path / "killed"
+    command = partial(consolidate.fisher, model, data, **options, output_dir=killed)
+    kills = [partial(kill_after, monkeypatch, examples) for examples in (22, 50)]
+    resumed = killed_and_resumed(command, killed, caplog, *kills)
     assert resumed["examples"] == whole["examples"]
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 

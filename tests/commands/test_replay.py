@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 from support import tiny_models
 from support.checkpoints import Write, normed
-from support.faults import Killed, break_off
+from support.faults import Killed, break_off, killed_and_resumed
 from support.folders import contents
 from support.networks import FAST, NETWORK, make_network
 from support.together import ended, started
@@ -158,7 +159,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_was_killed_resumes_to_the_same_bytes(
-    write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
 ) -> None:
     old, new = write_task("old"), write_task("new", seed=1, count=70)
     start = normed(tmp_path / "normed", old)
@@ -167,12 +172,9 @@ def test_a_run_that_was_killed_resumes_to_the_same_bytes(
     options |= {"replay": write_task("rows", count=7), "replay_share": 0.3, **WAYS[way]}
     options |= {"validation": {"old": write_task("v")}} if way == "searched" else {}
     whole = consolidate.finetune(start, new, output_dir=tmp_path / "whole", **options)
-    for step in (1, 3, 4):
-        break_off(monkeypatch, step, saved=True)
-        with pytest.raises(Killed):
-            consolidate.finetune(start, new, output_dir=tmp_path / "killed", **options)
-    monkeypatch.undo()
-    resumed = consolidate.finetune(start, new, output_dir=tmp_path / "killed", **options)
+    command = partial(consolidate.finetune, start, new, output_dir=tmp_path / "killed", **options)
+    kills = [partial(break_off, monkeypatch, step, saved=True) for step in (1, 3, 4)]
+    resumed = killed_and_resumed(command, tmp_path / "killed", caplog, *kills)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert resumed["history"] == whole["history"]
     assert not list(tmp_path.glob(".killed*"))

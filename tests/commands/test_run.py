@@ -17,7 +17,7 @@ import consolidate
 import consolidate.commands.run
 from consolidate.api import verify
 from consolidate.commands import finetune_run
-from formats.atomic import claimed, claimed_in_place
+from formats.atomic import claimed, claimed_in_place, partial_path
 from formats.errors import ForgettingError, InputError, UsageError
 from formats.fisher_folder import read_fisher
 from support import tiny_models
@@ -335,7 +335,7 @@ def network(config):
     ],
 )
 def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
-    tasks: Path, tmp_path: Path, sent: str, code: int
+    tasks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, sent: str, code: int
 ) -> None:
     module = f"killed_by_{sent.lower()}"
     (tmp_path / f"{module}.py").write_text(KILLED.format(signal=sent))
@@ -350,12 +350,15 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(
     if code > 0:
         assert "stopped in 02-b: the steps before it are complete" in err
         assert "Traceback" not in err
-    assert statuses(consolidate.run(tasks)) == {
-        "00-start": "skipped",
-        "01-a": "skipped",
-        "02-b": "done",
-        "03-c": "done",
-    }
+    assert partial_path(tmp_path / "out" / "02-b").exists() == (code > 0)
+    with caplog.at_level("INFO", "consolidate"):
+        assert statuses(consolidate.run(tasks)) == {
+            "00-start": "skipped",
+            "01-a": "skipped",
+            "02-b": "done",
+            "03-c": "done",
+        }
+    assert ("resuming from step 6 of" in caplog.text) == (code > 0)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

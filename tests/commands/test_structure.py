@@ -1,6 +1,7 @@
 """`--structure` in fisher and finetune: measured, used, resumed, refused."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from formats.fisher_folder import read_fisher
 from support.checkpoints import Write
 from support.command_line import MODEL, run
 from support.factor_checkpoints import rewrite
-from support.faults import Killed, break_off, kill_after
+from support.faults import break_off, kill_after, killed_and_resumed
 from support.folders import contents
 from support.networks import FAST, NETWORK
 from support.together import ended, started
@@ -46,18 +47,20 @@ def matrices(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.usefixtures("often")
 def test_a_pass_with_factors_resumes_to_the_same_bytes(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     data = write_task("old", count=100)
     options: dict[str, Any] = {**INPUTS, "batch_size": 2, "save_every_minutes": 0}
     fisher(network_checkpoint, data, output_dir=tmp_path / "whole", **options)
-    for examples in (20, 60):
-        kill_after(monkeypatch, examples)
-        with pytest.raises(Killed):
-            fisher(network_checkpoint, data, output_dir=tmp_path / "killed", **options)
-    fisher(network_checkpoint, data, output_dir=tmp_path / "killed", **options)
+    command = partial(fisher, network_checkpoint, data, output_dir=tmp_path / "killed", **options)
+    kills = [partial(kill_after, monkeypatch, examples) for examples in (20, 60)]
+    killed_and_resumed(command, tmp_path / "killed", caplog, *kills)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    again = fisher(network_checkpoint, data, output_dir=tmp_path / "killed", **options)
+    again = command()
     assert (again["status"], again["structure"]) == ("cached", "inputs")
     assert again["factors"] == {"layers": 2, "bytes": 4 * (7 * 7 + 9 * 9)}
 
@@ -65,7 +68,12 @@ def test_a_pass_with_factors_resumes_to_the_same_bytes(
 @pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("way", ["plain", "searched", "interpolated", "adapter"])
 def test_a_training_with_factors_resumes_to_the_same_bytes(
-    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    learned: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
 ) -> None:
     options = {**COMMON, "save_every_minutes": 0, "fisher_batch_size": 2}
     options |= {
@@ -75,19 +83,15 @@ def test_a_training_with_factors_resumes_to_the_same_bytes(
     }.get(way, {})
     data = write_task("b", seed=1, count=80)
     whole = finetune(learned, data, output_dir=tmp_path / "whole", **options)
-    if way != "searched":  # whose candidates are trained by the same function
-        break_off(monkeypatch, 3)
-        with pytest.raises(Killed):
-            finetune(learned, data, output_dir=tmp_path / "out", **options)
-    kill_after(monkeypatch, 40)
-    with pytest.raises(Killed):
-        finetune(learned, data, output_dir=tmp_path / "out", **options)
-    finetune(learned, data, output_dir=tmp_path / "out", **options)
+    command = partial(finetune, learned, data, output_dir=tmp_path / "out", **options)
+    kills = [partial(break_off, monkeypatch, 3), partial(kill_after, monkeypatch, 40)]
+    if way == "searched":  # whose candidates are trained by the same function
+        del kills[0]
+    killed_and_resumed(command, tmp_path / "out", caplog, *kills)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert whole["fisher"]["structure"] == "inputs"
     assert list(matrices(tmp_path / "out")) == ["0.weight.R", "2.weight.R"]
-    found = finetune(learned, data, output_dir=tmp_path / "out", **options)
-    assert found["status"] == "cached"
+    assert command()["status"] == "cached"
 
 
 def test_the_penalty_of_factors_moves_the_weights_otherwise(

@@ -19,7 +19,7 @@ from formats.fisher_folder import read_fisher
 from formats.fisher_json import read_ledger
 from formats.task_file import open_task
 from support import loopback_hub
-from support.checkpoints import Write
+from support.checkpoints import Write, first_task, write_clusters
 from support.command_line import MODEL, run
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents, fisher_of
@@ -37,12 +37,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
-    """A checkpoint that knows task a."""
-    out, a = tmp_path / "first", write_task("a")
-    finetune(network_checkpoint, a, output_dir=out, penalty="none", epochs=5, **FAST)
-    return out
+@pytest.fixture(scope="module")
+def learned_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learned")
+    return first_task(folder, write_clusters(folder, "a"), epochs=5, **FAST)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def check(model: nn.Module, batches: list, likelihood: str, units: int) -> Fishe
     for kind in ("empirical", "exact"):
         total = reference.fisher(model, batches, likelihood, kind)
         expected = {name: value / units for name, value in total.items()}
-        double = [(reference._float64(x), y) for x, y in batches]
+        double = [(reference.float64(x), y) for x, y in batches]
         fisher = fisher_diagonal(
             copy.deepcopy(model).double(), double, likelihood, estimator=kind, **F64
         )
@@ -915,7 +915,7 @@ def test_an_encoder_decoder_gets_its_inputs_from_the_labels():
 def test_transformers(name):
     model, inputs, labels, likelihood = tiny(name)
     model = model.double()
-    inputs = reference._float64(inputs)
+    inputs = reference.float64(inputs)
     fisher = fisher_diagonal(model, [{**inputs, "labels": labels}], likelihood, **F64)
     units = int(LIKELIHOODS[likelihood].units(labels).sum())
     assert fisher.units == units

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import consolidate
 from consolidate.api import finetune
-from consolidate.estimation.fisher_diagonal import ESTIMATORS, fisher_diagonal
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.gradient_checkpointing import (
     checkpointed_layers,
     checkpointing_in_eval_mode,
@@ -19,6 +19,7 @@ from consolidate.estimation.gradient_checkpointing import (
 )
 from consolidate.estimation.likelihoods import LIKELIHOODS
 from formats.errors import NonFiniteError, UsageError
+from formats.fisher_json import ESTIMATORS
 from support.tiny_models import (
     SIZES,
     bert_config,

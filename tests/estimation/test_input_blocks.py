@@ -19,7 +19,7 @@ from formats.errors import NonFiniteError, UsageError
 from formats.fisher_json import Block
 from support.input_matrices import input_matrices
 from support.modules import Experts, OneAtATime, Tagger, TimeFirst, tiny
-from support.reference import _float64
+from support.reference import float64
 
 Batches = list[tuple[Any, Tensor]]
 
@@ -37,7 +37,7 @@ def unequal(x: Tensor, sizes: tuple[int, ...] = (4, 1, 6), classes: int = 3) -> 
 def measured(
     model: nn.Module, batches: Batches, likelihood: str = "softmax", **options: Any
 ) -> FisherDiagonal:
-    double = [(_float64(x), y) for x, y in batches]
+    double = [(float64(x), y) for x, y in batches]
     options = {"accumulate_dtype": torch.float64, "structure": "inputs", **options}
     return fisher_diagonal(copy.deepcopy(model).double(), double, likelihood, **options)
 

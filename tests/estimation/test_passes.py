@@ -13,9 +13,10 @@ from consolidate.estimation import layer_hooks, layer_rules
 from consolidate.estimation.batches import HookError
 from consolidate.estimation.compensated_sums import FOLDED_BATCHES
 from consolidate.estimation.example_gradients import Whole
-from consolidate.estimation.fisher_diagonal import ESTIMATORS, fisher_diagonal
+from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.passes import PartialPass
 from formats.errors import InputError
+from formats.fisher_json import ESTIMATORS
 from support.modules import OneAtATime, TimeFirst
 
 Batches = list[tuple[Tensor, Tensor]]

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from formats.digest import set_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
 from formats.task_file import open_task
-from support.faults import Killed, break_off
+from support.faults import break_off, killed_and_resumed
 from support.folders import contents
 from support.tiny_models import (
     SIZES,
@@ -677,10 +678,9 @@ def test_the_head_trains_whole_beside_the_adapter_where_it_is_asked_to(
     chosen = trained("named", lora_train_head=True, head_parameters=names)
     assert [n for n in old if not torch.equal(old[n], chosen[n])] == ["0.weight", *names]
     # and it resumes to the same bytes
-    break_off(monkeypatch, 5)
-    with pytest.raises(Killed):
-        trained("killed", lora_train_head=True)
-    again = trained("killed", lora_train_head=True)
+    command = partial(trained, "killed", lora_train_head=True)
+    kill = partial(break_off, monkeypatch, 5)
+    again = killed_and_resumed(command, tmp_path / "killed", caplog, kill)
     assert all(torch.equal(again[name], free[name]) for name in old)
     assert contents(tmp_path / "killed") == contents(tmp_path / "free")
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from formats.fisher_folder import read_fisher
 from formats.task_file import open_task
 from support import reference
 from support.checkpoints import Write
-from support.faults import Killed, break_off
+from support.faults import break_off, killed_and_resumed
 from support.loopback_hub import TOKEN, Hub, run
 from support.tiny_models import (
     CORPUS,
@@ -288,7 +289,7 @@ def test_a_penalty_for_a_training_loop_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_a_run_with_tied_weights_resumes_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = stored_as("both", saved(tmp_path / "once", "bert"), "bert", tmp_path / "both")
     old, new = data(tmp_path, "bert", "old"), data(tmp_path, "bert", "new")
@@ -300,10 +301,8 @@ def test_a_run_with_tied_weights_resumes_to_the_same_bytes(
         "save_every_minutes": 0,
     }
     finetune(folder, new, output_dir=tmp_path / "whole", **options)
-    break_off(monkeypatch, 2)
-    with pytest.raises(Killed):
-        finetune(folder, new, output_dir=tmp_path / "killed", **options)
-    finetune(folder, new, output_dir=tmp_path / "killed", **options)
+    command = partial(finetune, folder, new, output_dir=tmp_path / "killed", **options)
+    killed_and_resumed(command, tmp_path / "killed", caplog, partial(break_off, monkeypatch, 2))
     for name in ("model.safetensors", "fisher/fisher.safetensors", "fisher/fisher.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

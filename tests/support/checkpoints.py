@@ -1,17 +1,49 @@
 """Checkpoints of the small networks, and a Fisher of one by hand."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-from consolidate.api import fisher
+from consolidate.api import finetune, fisher
 from formats.data import open_data
-from support.networks import Network, make_network
+from support.networks import SIZES, Network, make_network
 
 Write = Callable[..., Path]
+
+
+def random_network(folder: Path) -> Path:
+    """A folder with the random weights of `make_network`."""
+    folder.mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = make_network({"sizes": SIZES})
+    save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"sizes": SIZES}))
+    (folder / "LICENSE").write_text("free\n")
+    return folder
+
+
+def write_clusters(folder: Path, name: str, seed: int = 0, count: int = 60) -> Path:
+    """Write a learnable task for `make_network`: three noisy clusters, placed by the seed."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 3, count)
+    inputs = random.normal(size=(3, SIZES[0]))[labels] * 2 + random.normal(size=(count, SIZES[0]))
+    path = folder / f"{name}.npz"
+    np.savez(path, inputs=inputs.astype(np.float32), labels=labels)
+    return path
+
+
+def first_task(folder: Path, data: Path, **options: Any) -> Path:
+    """A checkpoint of `make_network` that knows one task."""
+    start, out = random_network(folder / "start"), folder / "first"
+    finetune(start, data, output_dir=out, penalty="none", **options)
+    return out
 
 
 def measured_by_hand(weights: dict[str, torch.Tensor], data: Path) -> dict[str, torch.Tensor]:

@@ -248,6 +248,19 @@ def trained(
     }
 
 
+def statistics(group: ProcessGroup | None) -> Tensor:
+    """Give the running means after one step on three rows, which no two processes share evenly."""
+    inputs = torch.arange(18, dtype=torch.float64).reshape(3, 6) ** 2
+    model = nn.Sequential(nn.Unflatten(1, (3, 2)), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(6, 2))
+    descent = make_optimizer("sgd", model.double().parameters(), learning_rate=0.1)
+    schedule = make_scheduler("constant", descent, warmup_steps=0, total_steps=1)
+    each = shares([0, 1, 2], 4 // place_in(group)[1], group)
+    parts = ((inputs[list(s)], torch.zeros(len(s), dtype=torch.int64)) if s else None for s in each)
+    recipe, likelihood = Recipe(norm_statistics="update"), get_likelihood("softmax")
+    list(training_steps(model, parts, likelihood, descent, schedule, recipe, group=group))
+    return torch.as_tensor(model[1].running_mean)
+
+
 TRAININGS: Cases = {
     # 25 examples in batches of 6: the last one holds a single example, which one process has.
     "adamw": lambda group: trained(group, network, vectors(25), "softmax", batch=6),
@@ -281,6 +294,7 @@ def write_found(folder: Path) -> None:
             found[name] = told(case(group))
         for name, case in TRAININGS.items():
             found[name] = case(group)
+        found["statistics"] = statistics(group)
         found["settled"] = settled(group)
         found["going on"] = going_on(group, 0.05)
         if is_first(group):

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from formats.checkpoint import weight_records
 from formats.digest import set_digest, tensor_record
-from formats.fisher_folder import METADATA_KEY, file_metadata, write_fisher
+from formats.fisher_folder import file_metadata, read_fisher, write_fisher
 from formats.fisher_json import Block, LayerRecord, Ledger
 from support.networks import SIZES, make_network
 from support.report_checkpoints import task
@@ -107,15 +107,11 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None], kind: str
     plain = msgspec.to_builtins(dict(sorted(records.items())))
     ledger[kind] = {"digest": set_digest(records), "tensors": plain}
     (folder / "fisher" / "fisher.json").write_text(json.dumps(ledger, indent=2) + "\n")
-    metadata = file_metadata(kind, ledger["version"], ledger["weights"]["digest"])
-    assert METADATA_KEY in metadata
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, file_metadata(kind, ledger["version"], ledger["weights"]["digest"]))
 
 
 def penalty_at(folder: Path, theta: Mapping[str, Tensor]) -> float:
     """The stored penalty with its factors as `docs/reference/format.md` has it, without λ."""
-    from formats.fisher_folder import read_fisher
-
     stored = read_fisher(folder / "fisher")
     weights = load_file(folder / "model.safetensors")
     blocks, anchor = stored.ledger.blocks or {}, stored.anchor or weights

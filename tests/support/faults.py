@@ -1,13 +1,16 @@
 """Runs that are interrupted where a test says."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import consolidate
 from consolidate.commands import finetune_run
+from consolidate.runtime import signals
 from consolidate.training.loop import Step
+from formats.atomic import partial_path
 
 
 class Killed(BaseException):
@@ -48,3 +51,28 @@ def break_off(monkeypatch: pytest.MonkeyPatch, step: int, *, saved: bool = False
                 raise Killed
 
     monkeypatch.setattr(finetune_run, "training_steps", broken)
+
+
+def killed_and_resumed(
+    command: Callable[[], Any],
+    out: Path,
+    caplog: pytest.LogCaptureFixture,
+    *kills: Callable[[], None],
+) -> Any:
+    """Run a command after each of `kills`, which breaks it off, and once more to its end.
+
+    Each time progress is saved beside the output, and the next run resumes from it.
+    """
+    with caplog.at_level("INFO", "consolidate"):
+        for number, kill in enumerate(kills):
+            caplog.clear()
+            kill()
+            with pytest.raises((Killed, signals.Terminated)):
+                command()
+            assert not out.exists()
+            assert partial_path(out).exists()
+            assert ("resuming" in caplog.text) == (number > 0)
+        caplog.clear()
+        result = command()
+    assert "resuming" in caplog.text
+    return result

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.fisher_json import Block
-from support.reference import REFERENCE, _example, _float64, _outputs
+from support.reference import REFERENCE, example, float64, outputs
 
 
 def input_matrices(
@@ -37,9 +37,9 @@ def input_matrices(
     totals: dict[str, Tensor] = {}
     for inputs, labels in examples:
         for i in range(len(labels)):
-            x = _float64(_example(inputs, i))
+            x = float64(example(inputs, i))
             with torch.no_grad():
-                each = outcomes(_outputs(model, x)[0], labels[i])
+                each = outcomes(outputs(model, x)[0], labels[i])
             for y in each if kind == "exact" else [labels[i]]:
                 gradients, value = torch.func.grad(log, has_aux=True)(values, x, y)
                 weight = value.exp() if kind == "exact" else 1.0

@@ -42,6 +42,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
     tags: dict[str, str] = field(default_factory=dict)
     private: bool = False
+    messages: dict[str, str] = field(default_factory=dict)  # of pushed commits
 
     def commit_at(self, revision: str) -> str | None:
         revision = urllib.parse.unquote(revision)
@@ -416,6 +417,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     del files[value["path"]]
             oid = hashlib.sha1(repr((head, sorted(files.items()))).encode()).hexdigest()
             repository.commits[oid] = files
+            repository.messages[oid] = header["summary"]
             answer = {"commitUrl": f"{self.hub.address}/{name}/commit/{oid}", "commitOid": oid}
             if "create_pr" in query:
                 number = 1 + sum(branch.startswith("refs/pr/") for branch in repository.branches)

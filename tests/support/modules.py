@@ -178,7 +178,7 @@ def is_right_on_one_batch(
 ) -> dict[str, str]:
     """Compare a batch, after a change, with its examples alone; return the methods."""
     x, y = x.double() if x.is_floating_point() else x, torch.arange(len(x)) % 3
-    alone = list(zip(x.split(1), y.split(1), strict=True))
+    alone = cut(x, y, 1)
     expected = fisher_diagonal(
         copy.deepcopy(model), alone, "softmax", accumulate_dtype=torch.float64
     )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from support.modules import assert_close, cut
+from support.reference import example
 
 F64 = {"accumulate_dtype": torch.float64}
 
@@ -17,7 +18,7 @@ def agrees_with_one_at_a_time(
     """Hold batches against single examples; return the methods of the parameters."""
     model = model.double()
     alone = [
-        (_rows(inputs, i), labels[i : i + 1])
+        (example(inputs, i), labels[i : i + 1])
         for inputs, labels in batches
         for i in range(len(labels))
     ]
@@ -41,12 +42,6 @@ def agrees_with_one_at_a_time(
 
 def all_by(method: str, model: nn.Module) -> dict[str, str]:
     return {name: method for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _rows(inputs: Tensor | dict[str, Tensor], i: int) -> Tensor | dict[str, Tensor]:
-    if isinstance(inputs, dict):
-        return {name: value[i : i + 1] for name, value in inputs.items()}
-    return inputs[i : i + 1]
 
 
 def labelled(*shape: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:

@@ -68,18 +68,18 @@ REFERENCE: dict[str, tuple[Log, Callable[[Tensor, Tensor], Iterable[Tensor]] | N
 }
 
 
-def _outputs(model: nn.Module, inputs: Any) -> Tensor:
-    outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    return outputs if isinstance(outputs, Tensor) else outputs.logits
+def outputs(model: nn.Module, inputs: Any) -> Tensor:
+    result = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return result if isinstance(result, Tensor) else result.logits
 
 
-def _float64(inputs: Any) -> Any:
+def float64(inputs: Any) -> Any:
     if isinstance(inputs, dict):
-        return {key: _float64(value) for key, value in inputs.items()}
+        return {key: float64(value) for key, value in inputs.items()}
     return inputs.double() if inputs.is_floating_point() else inputs
 
 
-def _example(inputs: Any, i: int) -> Any:
+def example(inputs: Any, i: int) -> Any:
     if isinstance(inputs, dict):
         return {key: value[i : i + 1] for key, value in inputs.items()}
     return inputs[i : i + 1]
@@ -97,7 +97,7 @@ def fisher(
     log_p, outcomes = REFERENCE[likelihood]
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     single = [
-        (_float64(_example(inputs, i)), labels[i])
+        (float64(example(inputs, i)), labels[i])
         for inputs, labels in examples
         for i in range(len(labels))
     ]
@@ -105,18 +105,18 @@ def fisher(
         probabilities = []
 
         def log(x: Any, y: Tensor) -> Tensor:
-            value = log_p(_outputs(model, x)[0], y)
+            value = log_p(outputs(model, x)[0], y)
             probabilities.append(value.exp().item())
             return value
 
         with torch.no_grad():
-            every = [(x, outcomes(_outputs(model, x)[0], y)) for x, y in single]
+            every = [(x, outcomes(outputs(model, x)[0], y)) for x, y in single]
         found = fisher_by_definition(log, named, every)
         assert abs(sum(probabilities) - len(every)) < 1e-9 * len(every)
         return found
     total = {name: torch.zeros_like(p) for name, p in named.items()}
     for x, label in single:
-        output = _outputs(model, x)[0]
+        output = outputs(model, x)[0]
         # E over y ~ N(f, 1) of (Σ_d (y_d - f_d) ∂f_d)² = Σ_d (∂f_d)².
         sent = [log_p(output, label)] if kind == "empirical" else list(output.flatten())
         for value in sent:
