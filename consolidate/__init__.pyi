@@ -20,6 +20,7 @@ from consolidate.ewc.overlap import fisher_overlap as fisher_overlap
 from consolidate.ewc.penalty import Penalty as Penalty
 from consolidate.options import Columns as Columns
 from consolidate.training.trainer_callback import penalty_callback as penalty_callback
+from formats.errors import BusyError as BusyError
 from formats.errors import ConsolidateError as ConsolidateError
 from formats.errors import ForgettingError as ForgettingError
 from formats.errors import InputError as InputError

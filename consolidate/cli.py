@@ -363,8 +363,9 @@ def push(**typed: Any) -> None:
     """Publish CHECKPOINT with Fisher, ledger and model card on the Hub, in one commit.
 
     Sends only weights, Fisher, ledger, card, tokenizer, licence, code that an auto_map names, and
-    configuration (local paths removed). An existing README.md keeps what a person wrote. The
-    repository is unchanged until everything has been sent; rerunning a push sends what is missing.
+    configuration (local paths under known keys removed). An existing README.md keeps what a person
+    wrote. The repository is unchanged until everything has been sent; rerunning a push sends what
+    is missing.
     """
     _do(typed, text_view.push_text)
 

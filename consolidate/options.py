@@ -298,7 +298,6 @@ class Estimation:
     check: bool = option(
         False,
         "Verify per-example gradients on every batch, not only the first.",
-        changes_result=False,
     )
     kernel: bool = option(
         False,

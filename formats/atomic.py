@@ -13,6 +13,7 @@ import ctypes
 import errno
 import glob
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from formats.disk_errors import FORBIDDEN, FULL, NEW, explain_full_disk, explained
-from formats.errors import InputError
+from formats.errors import BusyError, InputError
 from formats.locks import Lock, lock_soon, remove_stale, try_lock
 
 # Inside a mount point: NEW is being built; COMMIT is complete, while the old content moves to OLD;
@@ -37,6 +38,7 @@ _TEMPORARY = ".consolidate-tmp"
 _LONGEST_OF_FOLDER = len(f"..failed-forgetting{_PARTIAL}-9999-new")
 _LONGEST_OF_FILE = len(f"..01234567{_TEMPORARY}")
 _NOT_CONTENT = {NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _CLAIM, "lost+found"}
+_UNLINKED = (".nfs", ".fuse_hidden")  # what these file systems keep of a file still in use
 
 _READS = 5  # of a folder that is replaced again and again
 
@@ -81,8 +83,11 @@ def claimed(target: Path) -> Iterator[None]:
     A process that dies releases its claim; the file that it leaves behind is stale and harmless.
     """
     check_target(target, overwrite=True)
+    place = _Place(target)
     with ExitStack() as cleanup:
-        _claim(_Place(target), cleanup)
+        _claim(place, cleanup)
+        recover(target)
+        _refuse_leavings(place)
         yield
 
 
@@ -95,7 +100,10 @@ def claimed_in_place(folder: Path, part: str) -> Iterator[None]:
         # Without permission to write beside a folder one cannot replace it, but may write into it.
         if os.access(place.claim.parent, os.W_OK):
             _claim(place, cleanup)
-        _claim(_Place(folder / part), cleanup)
+        part_place = _Place(folder / part)
+        _claim(part_place, cleanup)
+        recover(folder / part)
+        _refuse_leavings(part_place)
         yield
 
 
@@ -241,7 +249,7 @@ class _Place:
             raise InputError(
                 f"{shown}: the path is not UTF-8, and safetensors reads no other; rename the folder"
             ) from None
-        self.mounted = _is_mount(self.target)
+        self.mounted = is_mount(self.target)
         self.new, self.old, self.lock, self.claim = (
             self.target / name
             if self.mounted
@@ -267,7 +275,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _is_content(name: str) -> bool:
-    return name not in _NOT_CONTENT and not name.startswith(_PARTIAL)
+    return name not in _NOT_CONTENT and not name.startswith((_PARTIAL, *_UNLINKED))
 
 
 def _refuse_content(place: _Place, overwrite: bool) -> None:
@@ -315,7 +323,7 @@ def _check_parent(given: Path, above: Iterable[Path]) -> None:
 
 def _lock_or_refuse(place: _Place, cleanup: ExitStack) -> None:
     if lock_soon(place.lock, cleanup) is Lock.BUSY:
-        raise InputError(
+        raise BusyError(
             f"{place.target}: another process is writing this folder; wait until it ends"
         )
 
@@ -327,7 +335,7 @@ def _claim(place: _Place, cleanup: ExitStack) -> None:
         if lock_soon(place.claim, cleanup) is Lock.BUSY:
             number = place.claim.read_text()
             holder = f"process {number}" if number else "another process"
-            raise InputError(
+            raise BusyError(
                 f"{place.target} is in use by {holder}, which has locked {place.claim}; wait until "
                 "it ends, or choose another folder"
             )
@@ -335,11 +343,12 @@ def _claim(place: _Place, cleanup: ExitStack) -> None:
             if place.claim.exists():
                 write = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
                 with open(os.open(place.claim, write), "w") as claim:
-                    claim.write(str(os.getpid()))
+                    claim.write(f"{os.getpid()} on {platform.node()}")
         remove_stale(place.claim.parent, f".*{_CLAIM}")
 
 
-def _make_staging(place: _Place) -> None:
+def _refuse_leavings(place: _Place) -> None:
+    """Refuse what another run left and `recover` cannot settle: without locks, or another's."""
     for leaving in (place.new, place.old):
         if leaving.exists():
             keep = leaving == place.old and not place.target.exists()
@@ -347,6 +356,10 @@ def _make_staging(place: _Place) -> None:
             raise InputError(
                 f"{leaving} was left by another run; {remedy} if no other run is active"
             )
+
+
+def _make_staging(place: _Place) -> None:
+    _refuse_leavings(place)
     place.new.mkdir()
     if place.target.is_dir() and not place.mounted:
         shutil.copymode(place.target, place.new)
@@ -428,7 +441,7 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:  # some file systems sync no folder
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF) or not path.is_dir():
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 
@@ -440,7 +453,7 @@ def _sync_tree(folder: Path) -> None:
         _sync(Path(parent))
 
 
-def _is_mount(target: Path) -> bool:
+def is_mount(target: Path) -> bool:
     """Whether a folder is a mount point; bind mounts show only in the kernel's table."""
     if os.path.ismount(target):
         return True

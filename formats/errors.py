@@ -21,6 +21,12 @@ class InputError(ConsolidateError):
     exit_code = 3
 
 
+class BusyError(InputError):
+    """A target that another process is writing; a retry may succeed."""
+
+    exit_code = 75
+
+
 class NonFiniteError(ConsolidateError):
     """A NaN or an infinity in weights, Fisher, loss or gradients."""
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from formats.atomic import recover
 from formats.checkpoint import PICKLE_SUFFIXES
 from formats.checkpoint_files import MAX_JSON_BYTES
 from formats.errors import InputError, NetworkError, UsageError
@@ -54,6 +55,8 @@ def locate(
     patterns of files to fetch and to skip. Where the Hub cannot be reached, the cache is used.
     """
     path = Path(checkpoint).expanduser()
+    if not path.exists() and path.name:
+        recover(path)
     if path.exists():
         if revision is not None:
             raise UsageError(

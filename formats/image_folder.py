@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from formats.errors import InputError, UsageError, install
-from formats.rows import Rows, check_regular, file_digest, listing_digest
+from formats.rows import (
+    Rows,
+    Stamp,
+    check_regular,
+    check_unchanged,
+    file_digest,
+    listing_digest,
+    stamp,
+)
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -69,6 +77,7 @@ class ImageFolderRows(Rows):
         self.columns = ["image", "label"]
         self.classes = sorted(classes)
         self._folder = folder
+        self._stamps: dict[Path, Stamp] = {}  # of the files that were read so far
         self._files = [
             (name, path)
             for name in self.classes
@@ -86,6 +95,7 @@ class ImageFolderRows(Rows):
     def read_row(self, i: int) -> dict[str, Any]:
         """Return image and label `i`."""
         label, path = self._files[i]
+        self._check_unchanged(path)
         return {"image": decode_image(path, f"{path}, row {i + 1}"), "label": label}
 
     def values(self, column: str) -> Iterator[Any]:
@@ -104,4 +114,14 @@ class ImageFolderRows(Rows):
 
     def digest(self) -> str:
         """Return the SHA-256 over JSON lines [path in the folder, file's digest], in row order."""
-        return listing_digest((self._below(path), file_digest(path)) for _, path in self._files)
+
+        def digest(path: Path) -> str:
+            self._check_unchanged(path)
+            return file_digest(path)
+
+        return listing_digest((self._below(path), digest(path)) for _, path in self._files)
+
+    def _check_unchanged(self, path: Path) -> None:
+        if path.exists():  # else it is refused where it is read
+            now = stamp(path)
+            check_unchanged(path, self._stamps.setdefault(path, now), now)

@@ -11,7 +11,7 @@ from typing import Any
 
 from formats.errors import InputError, UsageError, install
 from formats.image_folder import decode_image
-from formats.rows import Rows
+from formats.rows import Rows, check_unchanged, stamp
 from formats.wording import first_line
 
 _CACHE_BYTES = 256 * 2**20
@@ -34,7 +34,7 @@ class ParquetRows(Rows):
             needed = install("datasets", error, "pyarrow")
             raise UsageError(f"{path}: reading it needs pyarrow: {needed}") from error
 
-        self.name, self.path = path.name, path
+        self.name, self.path, self._stamp = path.name, path, stamp(path)
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema = file.schema_arrow
@@ -70,6 +70,7 @@ class ParquetRows(Rows):
         # popped and stored again, since another thread may have evicted it in between
         table = self._cache.pop(g, None)
         if table is None:
+            check_unchanged(self.path, self._stamp, stamp(self.path))
             try:
                 with pyarrow.parquet.ParquetFile(self.path) as file:
                     table = file.read_row_group(g)

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import operator
+import os
 import stat
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,21 @@ from torch import Tensor
 
 from formats.errors import InputError
 from formats.wording import few
+
+Stamp = tuple[int, int]
+"""Size and time of change of a file."""
+
+
+def stamp(file: Path | int) -> Stamp:
+    """Return the stamp of a file, by its path or its descriptor."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: Path, before: Stamp, now: Stamp) -> None:
+    """Refuse a file that was changed, or replaced by another, since it was opened."""
+    if now != before:
+        raise InputError(f"{path} was changed while it was being read; start again")
 
 
 class Rows(Sequence[dict[str, Any]]):

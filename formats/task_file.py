@@ -49,11 +49,14 @@ class TaskFile:
 
 
 def read_task_file(path: Path) -> TaskFile:
-    """Read a `task.toml` strictly; local `data` is joined to the folder of the file."""
+    """Read a `task.toml` strictly; local `data` is joined to the absolute folder of the file.
+
+    A relative path may have the form of a Hub id.
+    """
     content = read_toml(path)
     refuse_unknown(str(path), content, [field.name for field in dataclasses.fields(TaskFile)])
     task = converted(content, TaskFile, str(path))
-    return dataclasses.replace(task, data=resolve(task.data, path.parent))
+    return dataclasses.replace(task, data=resolve(task.data, path.absolute().parent))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from formats.errors import InputError
-from formats.rows import Rows
+from formats.rows import Rows, check_unchanged, stamp
 from formats.tensors import LazyTensors, open_tensors
 
 _PLAUSIBLE_BYTES = 2**29
@@ -21,7 +21,7 @@ class NpzColumns(LazyTensors):
     """The arrays of an `.npz` file as tensors, read on first access; none is unpickled."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._stamp = path, stamp(path)
         self._loaded: dict[str, Tensor] = {}
         self.headers = {}
         try:
@@ -60,6 +60,7 @@ class NpzColumns(LazyTensors):
         if column not in self.headers:
             raise KeyError(column)
         if column not in self._loaded:
+            check_unchanged(self.path, self._stamp, stamp(self.path))
             try:
                 with np.load(self.path, allow_pickle=False) as archive:
                     values = archive[column]

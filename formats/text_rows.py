@@ -4,24 +4,18 @@ import array
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from formats.errors import InputError
-from formats.rows import Rows
+from formats.rows import Rows, check_unchanged, stamp
 
 _BOM = b"\xef\xbb\xbf"
 _BUFFER = 1 << 20
 _ROWS_LOOKED_AT_FOR_COLUMNS = 100
 MAX_JSON_ARRAY_BYTES = 256 * 2**20
-
-
-def _stamp(file: Any) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
@@ -42,7 +36,7 @@ class _LineRows(Rows):
         self._starts = array.array("q")  # and the end of the last row
         self._lines = array.array("I")
         with path.open("rb", buffering=_BUFFER) as file:
-            self._stamp = _stamp(file)
+            self._stamp = stamp(file.fileno())
             position = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
             file.seek(position)
             self._starts.append(self._scan(file, position))
@@ -69,8 +63,7 @@ class _LineRows(Rows):
         """Return row `i`, with its separator."""
         start, end = self._starts[i : i + 2]
         with self.path.open("rb", buffering=0) as file:
-            if _stamp(file) != self._stamp:
-                raise InputError(f"{self.path} was changed while it was being read; start again")
+            check_unchanged(self.path, self._stamp, stamp(file.fileno()))
             file.seek(start)
             record = file.read(end - start)
         try:

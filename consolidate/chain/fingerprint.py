@@ -25,6 +25,8 @@ from formats.versions import program_versions
 
 SETTLED = ("task", "norm_statistics", "device", "merge_rule", "gamma", "structure", "processes")
 """Options that are known only once the checkpoint is open, and the number of processes."""
+UNLESS_DEFAULT = ("check", "fisher_check")
+"""Options that are described only where they are given, as older results do not have them."""
 
 
 def checkpoint_content(
@@ -135,7 +137,9 @@ def asked(
         "options": {
             flat.name: plain(value_of(options, flat))
             for flat in flats
-            if flat.option.changes_result and flat.name not in SETTLED
+            if flat.option.changes_result
+            and flat.name not in SETTLED
+            and (flat.name not in UNLESS_DEFAULT or value_of(options, flat) != flat.default)
         },
     }
 
@@ -190,7 +194,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for name, then, now in _differences(old.get("versions", {}), new["versions"]):
         yield f"version of {name} {then} → {now}"
     for name, *values in _differences(old.get("options", {}), new["options"]):
-        if name in new["options"]:
+        if name in new["options"] or name in UNLESS_DEFAULT:
             then, now = ("default" if value is None else value for value in values)
             yield f"{name.replace('_', '-')} {then} → {now}"
 

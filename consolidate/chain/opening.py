@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from consolidate.chain.factor_consistency import check_factors
-from formats.atomic import unreplaced
+from formats.atomic import recover, unreplaced
 from formats.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
@@ -61,8 +61,6 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others c
 
 def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
     """Read a Fisher folder after comparing every byte of it and of its weights with its ledger."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} does not exist: run `consolidate fisher` first")
     stored = read_fisher(folder)
     check_belongs(stored, source.weights, str(source.path))
     _compare_configs(folder, source)
@@ -129,6 +127,7 @@ def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
     """Find the Fisher folder that was named, or the one beside the weights, if there is one."""
     if elsewhere is None:
         beside = checkpoint / "fisher"
+        recover(beside)
         return beside if beside.is_dir() else None
     folder = locate(elsewhere, only=FISHER)
     for candidate in (folder / "fisher", folder):

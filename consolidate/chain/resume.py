@@ -60,6 +60,7 @@ class KeptWork:
         self._result_bytes = result_bytes
         self._clock = clock
         self._last = clock()
+        self._failed = False  # whether the last attempt to save did
         self._process = place_in(group)[0]
         self.group = group
         self.shard = shard
@@ -101,7 +102,7 @@ class KeptWork:
         *,
         own: bool = False,
     ) -> None:
-        """Save this; where that fails the work continues, and no more progress is saved.
+        """Save this; where that fails the work continues, and the next save is tried in its turn.
 
         With `own` each process saves its own part, not the first one for all.
         """
@@ -117,8 +118,11 @@ class KeptWork:
                 self._leave_room(size, what)
                 write_partial(self._target, tensors, state, command, self._process)
         except (InputError, OSError) as error:
-            LOG.info("progress cannot be saved, and the %s continues without: %s", what, error)
-            self._every = math.inf
+            if not self._failed:
+                LOG.info("progress cannot be saved, and the %s continues without: %s", what, error)
+            self._failed = True
+        else:
+            self._failed = False
         self._last = self._clock()
 
     def can_keep(self, stop: BaseException, *, gathers: bool = False) -> bool:
@@ -132,8 +136,8 @@ class KeptWork:
     def stop_if_asked(self, where: str) -> None:
         """Stop where work can resume, if that was agreed, and log where: ``after step 3 of 10``."""
         if self.stops:
-            saves = self._every < math.inf
-            how = "the same command resumes from there" if saves else "no progress is saved"
+            saves = self._every < math.inf and not self._failed
+            how = "the same command resumes from there" if saves else "this progress is not saved"
             LOG.info("stopped %s: %s", where, how)
         signals.stop_together(*self._stop)
 

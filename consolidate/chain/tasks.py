@@ -41,6 +41,7 @@ from formats.fisher_json import (
     TaskRecord,
     check_names,
     check_task_name,
+    covered,
 )
 from formats.tensors import shape_of
 from formats.versions import program_versions
@@ -138,13 +139,13 @@ def add_task(
     diagonal: FisherDiagonal | None,  # None: the task is listed as not measured
     *,
     name: str,
+    merging: Merging,
     data: str = "",
     data_digest: str | None = None,
     made_from: str | None = None,
     records: dict[str, TensorRecord] | None = None,  # of `weights`, where they are known already
     training: Training | None = None,
     encoded: Encoded | None = None,
-    merging: Merging | None = None,
 ) -> Added:
     """Merge a task's Fisher into the chain so far.
 
@@ -154,9 +155,8 @@ def add_task(
     past = before or FittedChain(Ledger([]), {}, None, {})
     tasks, pending = past.ledger.tasks, pending_task(before, name)
     if pending is not None:
-        asked = Merging(task_weight=pending.weight_by or pending.weight)
-        tasks, merging = tasks[:-1], settled_merging(before, asked)
-    merging = settled_merging(before, merging or Merging())
+        tasks, merging = tasks[:-1], Merging(task_weight=pending.weight_by or pending.weight)
+    merging = settled_merging(before, merging)
     fisher = {} if diagonal is None else model.layout.to_file(diagonal)
     record = replace(
         pending or _new_record(name, model, training or Training()),
@@ -272,20 +272,20 @@ def _merged(
     if rule == "online":
         merged = merge_online(past.fisher, fisher, gamma=gamma, weight=weight)
         return Merged(merged, None, 0.0, factors)
-    covered = set() if factors is None else Factors(*factors[:2]).covered
+    in_blocks = set() if factors is None else covered(factors.blocks)
     parts: list[tuple[dict[str, Tensor], dict[str, Tensor], float]] = [
         merge_separate(
-            {at: past.fisher[at] for at in past.fisher if (at in covered) == has_block},
+            {at: past.fisher[at] for at in past.fisher if (at in in_blocks) == has_block},
             where,
-            {at: values for at, values in fisher.items() if (at in covered) == has_block},
+            {at: values for at, values in fisher.items() if (at in in_blocks) == has_block},
             weights,
             weight=weight,
         )
         for has_block in (False, True)
     ]
     order = dict.fromkeys([*past.fisher, *fisher])
-    merged = {name: parts[name in covered][0][name] for name in order}
-    anchor = {name: parts[name in covered][1][name] for name in order}
+    merged = {name: parts[name in in_blocks][0][name] for name in order}
+    anchor = {name: parts[name in in_blocks][1][name] for name in order}
     growth, by_diagonal = (part[2] for part in parts)
     offset = past.ledger.penalty_offset + (growth + by_diagonal)
     with_factors = offset

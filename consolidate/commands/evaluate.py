@@ -20,6 +20,7 @@ from consolidate.options import EvaluateOptions
 from consolidate.results import Benchmark as BenchmarkResult
 from consolidate.results import EvaluateResult
 from consolidate.runtime.devices import best_device, dtype_of_name
+from formats.atomic import recover
 from formats.benchmark import benchmark_task, data_name
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.checkpoint_files import check_link
@@ -100,6 +101,7 @@ def _opened(options: EvaluateOptions) -> tuple[Checkpoint, StoredFisher | None]:
     checkpoint, revision = options.checkpoint, options.source.revision
     folder = locate(checkpoint, revision, without=VALUES)
     at = folder / "fisher" / LEDGER_NAME
+    recover(at.parent)
     check_link(at.parent, at)
     ledger = read_ledger(at) if at.is_file() else None
     if ledger is not None and ledger.heads:

@@ -1,6 +1,7 @@
 """What `consolidate finetune` does, without the command line: read, train, measure, write."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -35,6 +36,7 @@ from consolidate.commands.finetune_self import as_fisher, fisher_of_itself, with
 from consolidate.commands.finetune_start import Start, load_start, master_dtype
 from consolidate.commands.finetune_weights import UNMOVED
 from consolidate.commands.fisher import measure_alone
+from consolidate.commands.fisher_plan import plan_alone
 from consolidate.commands.measurement import (
     check_measurable,
     kept_work,
@@ -120,10 +122,19 @@ def finetune(options: FinetuneOptions, *, again: bool = False) -> FinetuneResult
 def _dry_run(options: FinetuneOptions, cut: ProcessGroup | None) -> FinetuneDryRun:
     """Check all that can be, and estimate the training; Fishers yet to be measured are left out."""
     plan = plan_finetune(options)
-    report_refused(plan)
+    source, measured = plan.opened.source, measured_folder(plan.target)
+    # Each process reads for itself, so that none waits for one that is refused.
+    work = KeptWork(plan.target, lambda: plan.description, every=math.inf, result_bytes=0)
+    report_refused(plan.check_target, *[] if options.saving.restart else [work.start])
+    if options.measuring.measure:
+        plan_alone(_asked_for_last(plan), source, plan.opened.before, measured)
     penalty = options.penalty.penalty
     if options.penalty.protect_self is not None:
-        fisher_of_itself(plan)  # refuses what does not fit
+        own = fisher_of_itself(plan)
+        with as_fisher(own):
+            alone = plan_alone(own, source, None, measured)
+        if not measured.exists():  # else the texts may be its own
+            report_refused(alone.check_target)
         plan = without_penalty(plan)
         LOG.info("the penalty is left out, as the model's own texts are not measured in a dry run")
     start = load_start(plan, cut)
@@ -255,19 +266,24 @@ def _with_last_task(plan: Plan, cut: ProcessGroup | None) -> Plan:
             task.name,
         )
         return plan
-    opened = plan.opened
-    ((name, data),) = options.measuring.measure.items()
-    asked = replace(
+    opened, asked = plan.opened, _asked_for_last(plan)
+    folder = measure_alone(asked, opened.source, opened.before, plan.target, cut)
+    LOG.info("the Fisher of %s was measured on %s, and protects it", task.name, asked.data)
+    return replace(plan, measured=read_fisher(folder))
+
+
+def _asked_for_last(plan: Plan) -> FisherOptions:
+    """Give the options that --measure measures the last task with."""
+    options = plan.options
+    ((name, data),) = (options.measuring.measure or {}).items()
+    return replace(
         fisher_options(options),
         data=data,
         task=name,
         output_dir=None,
-        dtype=str(master_dtype(opened.source, options)).removeprefix("torch."),
+        dtype=str(master_dtype(plan.opened.source, options)).removeprefix("torch."),
         merging=Merging(),
     )
-    folder = measure_alone(asked, opened.source, opened.before, plan.target, cut)
-    LOG.info("the Fisher of %s was measured on %s, and protects it", name, data)
-    return replace(plan, measured=read_fisher(folder))
 
 
 def _measuring(plan: Plan, start: Start) -> Callable[..., FisherDiagonal]:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,13 @@ SAMPLED_STEPS = 4
 """Steps that are taken; the first, which is slower, does not count for the time."""
 
 
-def report_refused(plan: "Plan") -> None:
-    """Report a target that would be refused."""
-    try:
-        plan.check_target()
-    except InputError as error:
-        LOG.info("without --dry-run this would be refused, unless it is up to date: %s", error)
+def report_refused(*checks: Callable[[], object]) -> None:
+    """Report which files that are there would be refused."""
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            LOG.info("without --dry-run this would be refused, unless it is up to date: %s", error)
 
 
 def training_cost(plan: "Plan", start: "Start") -> FinetuneDryRun:

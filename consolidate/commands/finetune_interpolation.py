@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.commands.finetune_choice import HeldOut
@@ -23,6 +23,7 @@ from consolidate.training.budget import largest_kept, next_alpha
 from consolidate.training.forgetting import forgetting, rises
 from consolidate.training.lambda_search import Candidate, best_mean, largest
 from consolidate.training.loop import remeasure_statistics, with_statistics
+from consolidate.training.state import values_of
 from formats.errors import ForgettingError, NonFiniteError
 from formats.fisher_json import Budget, CurvePoint, Interpolation
 from formats.partial_work import StoredWork
@@ -108,7 +109,8 @@ class Interpolator:
             tensors = {**tensors, **{f"{_FISHER}{n}": f for n, f in self._fisher.items()}}
         module = self._start.model.module
         measures = self._recipe.norm_statistics == "update" and with_statistics(module)
-        trained = _clones(module) if alpha is None or measures else {}
+        values = values_of(module, frozen=False) if alpha is None or measures else {}
+        trained = {name: tensor.clone() for name, tensor in values.items()}
         kept = {**tensors, **{name: t for name, t in trained.items() if name in tensors}}
         try:
             if alpha is None:
@@ -116,7 +118,8 @@ class Interpolator:
                 with signals.waiting(all_processes() is not None):
                     while (one := self._next()) is not None:
                         self.state["trials"].append(asdict(self._trial(one)))
-                        _put_back(module, trained)
+                        for name, tensor in values.items():
+                            tensor.copy_(trained[name])
                         work.settle()
                         if work.due:
                             work.keep(kept, saved, "interpolation")
@@ -331,22 +334,3 @@ class Interpolator:
         for part in shares(mixture.mixed(order, 0), recipe.batch_size, all_processes()):
             if part:
                 yield both.collate(part)
-
-
-def _clones(module: nn.Module) -> dict[str, Tensor]:
-    """Copy what changes between two α, by its names in saved progress."""
-    parameters = {
-        f"value/{name}": p.detach().clone()
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
-    return parameters | {f"buffer/{name}": b.clone() for name, b in module.named_buffers()}
-
-
-@torch.no_grad()
-def _put_back(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(values[f"value/{name}"])
-    for name, buffer in module.named_buffers():
-        buffer.copy_(values[f"buffer/{name}"])

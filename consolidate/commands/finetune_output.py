@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -159,9 +159,12 @@ def trained_record(
     kind, on = plan.options.penalty.penalty, plan.opened.penalty_on
     between, kept = (None, None) if moving is None else (moving.record(), moving.kept())
     found = {n: e.record for n, e in start.evaluations.items() if isinstance(e, Benchmark)}
+    digests = plan.options.saving.data_digest
+    if not digests:
+        found = {name: replace(record, digest=None) for name, record in found.items()}
     replayed = None
     if plan.replay is not None and start.replay is not None:
-        rows, digests = plan.replay[1], plan.options.saving.data_digest
+        rows = plan.replay[1]
         digest = plan.description["replay"]["digest"] if digests else None
         replayed = Replayed(rows.name, digest, float(start.replay.share))
     return Training(

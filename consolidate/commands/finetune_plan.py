@@ -35,7 +35,7 @@ from consolidate.models.objectives import settled_objective
 from consolidate.options import Columns, FinetuneOptions, Recipe
 from consolidate.training.forgetting import check_compared, check_gate
 from consolidate.training.loop import default_statistics
-from formats.atomic import unreplaced
+from formats.atomic import is_mount, unreplaced
 from formats.benchmark import benchmark_task
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.digest import json_digest
@@ -141,6 +141,11 @@ class Plan:
         check_output(self.target, source, overwrite=overwrite, whole=True)
         if self.options.gate.max_forgetting is None:
             return
+        if is_mount(self.target.resolve()):
+            raise InputError(
+                f"{self.target} is a mount point, and --max-forgetting saves a failed run beside "
+                "the output: choose a folder inside it"
+            )
         try:
             check_output(failed_folder(self.target), source, overwrite=overwrite, whole=True)
         except InputError as error:

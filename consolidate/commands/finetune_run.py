@@ -89,10 +89,10 @@ def train(
     work: KeptWork,
     found: StoredWork | None,
     search: LambdaSearch | None,
-    comparison: Comparison | None = None,
-    controller: "Controller | None" = None,
-    interpolator: "Interpolator | None" = None,
-    on_step: Callable[[Step], None] | None = None,
+    comparison: Comparison | None,
+    controller: "Controller | None",
+    interpolator: "Interpolator | None",
+    on_step: Callable[[Step], None] | None,
 ) -> Trained:
     """Train from the model's present weights, and round them as they will be stored.
 

@@ -62,7 +62,7 @@ class Start:
     replay: Replay | None = None
 
 
-def load_start(plan: "Plan", shards_among: ProcessGroup | None = None) -> Start:
+def load_start(plan: "Plan", shards_among: ProcessGroup | None) -> Start:
     """Load the model, encode the data for it, and make the penalty around its weights.
 
     `shards_among` are processes that have a shard each; None where each has the whole model.

@@ -14,7 +14,7 @@ from consolidate.chain.opening import stored_fisher, with_base
 from consolidate.chain.output import check_output
 from consolidate.chain.tasks import settled_merging, task_name
 from consolidate.chain.up_to_date import Output, find_output
-from consolidate.commands.generation_options import check_generation, open_source, refuse_texts
+from consolidate.commands.generation_options import open_source, refuse_texts
 from consolidate.data.columns import columns_of
 from consolidate.options import Columns, FisherOptions, Merging
 from formats.atomic import partial_path
@@ -222,7 +222,6 @@ def plan_alone(
     That is the last task of a chain, which has no Fisher, or without a chain the model on texts
     that it generates.
     """
-    check_generation(options)
     task_file, rows = open_source(options)
     completes = before is not None
     return Plan(

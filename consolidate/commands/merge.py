@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
 from pathlib import Path
@@ -141,7 +140,7 @@ def _write(plan: Plan, target: Path, *, overwrite: bool) -> tuple[Ledger, float]
             factor_anchor=merged.factor_anchor if merged.layers.anchored else None,
         )
         if solved.is_dir():
-            shutil.rmtree(solved)
+            merged.layers.discard(solved)
         write_card(staging, target, ledger, [model.source for model in plan.models], "merge")
     return ledger, found.trace
 

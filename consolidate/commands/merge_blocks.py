@@ -1,6 +1,7 @@
 """Merge the layers that every model has a matrix R for, one layer in memory at a time."""
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -114,6 +115,11 @@ class MergedBlocks:
         self._solved = open_tensors(folder)
         for name in self.covered:
             self.anchored |= not torch.equal(self.anchor(name), self.weight(name).float())
+
+    def discard(self, folder: Path) -> None:
+        """Remove what `solve` wrote; NFS removes no folder with files that are still mapped."""
+        self._solved = {}
+        shutil.rmtree(folder)
 
     def weight(self, name: str) -> Tensor:
         """Give a merged weight in its own dtype."""

@@ -37,21 +37,22 @@ def without_local_paths(path: Path) -> Path | bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _empty(value: Any) -> Iterator[str]:
-    """Remove the local paths in place, and yield their keys."""
+def _empty(value: Any, above: str = "") -> Iterator[str]:
+    """Remove the local paths in place, and yield their keys; entries of a list have its key."""
+    places: list[tuple[Any, str]] = []
     if isinstance(value, list):
-        for one in value:
-            yield from _empty(one)
-    if not isinstance(value, dict):
-        return
-    for key, inner in list(value.items()):
+        places = [(place, above) for place in reversed(range(len(value)))]
+    elif isinstance(value, dict):
+        places = [(key, key) for key in value]
+    for place, key in places:
+        inner = value[place]
         if not isinstance(inner, str):
-            yield from _empty(inner)
+            yield from _empty(inner, key)
         elif _SOURCE.fullmatch(key) and inner and not _is_elsewhere(inner):
-            value[key] = ""
+            value[place] = ""
             yield key
         elif _FILE.fullmatch(key) and _ABSOLUTE.match(inner):
-            del value[key]  # loaders then take the file beside it; an empty name would fail
+            del value[place]  # loaders then take the file beside it; an empty name would fail
             yield key
 
 

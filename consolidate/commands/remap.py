@@ -70,7 +70,8 @@ def remap(options: RemapOptions) -> RemapResult:
         plan = _planned(source, stored)
         if (done := cached(there, plan.made_from)) is not None:
             return _result(plan, target, "cached", done.ledger)
-        check_output(target, source, overwrite=options.overwrite, whole=True)
+        if there is not None:
+            check_output(target, source, overwrite=options.overwrite, whole=True)
         check_fisher_values(stored)
         check_intact(stored)
         ledger = _write(plan, target, overwrite=options.overwrite)

@@ -18,7 +18,6 @@ from formats.digest import TensorRecord, differences, set_digest, tensor_record
 from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import (
     LEDGER_NAME,
-    StoredFisher,
     check_values,
     in_one_line,
     read_fisher,
@@ -94,7 +93,10 @@ def _verify_folder(
     of_weights = _verify_set(
         "weights", source.weights, stored.ledger.weights, findings, weights_path
     )
-    if findings and (why := _renamed(stored, source)) is not None:
+    why = None
+    if findings:
+        why = under_other_names(stored, weight_records(source.weights), str(source.path))
+    if why is not None:
         not_finite = [each for each in findings if isinstance(each, NonFiniteError)]
         findings = [InputError(why), *not_finite]
     elif alone and findings:
@@ -129,11 +131,6 @@ def _verify_folder(
         "other_files": _other_files(folder, source),
     }
     return cast(VerifyResult, summary), stored.ledger
-
-
-def _renamed(stored: StoredFisher, source: Checkpoint) -> str | None:
-    """Explain weights that are those of the ledger under other names; None if they are not."""
-    return under_other_names(stored, weight_records(source.weights), str(source.path))
 
 
 def _other_files(root: Path, source: Checkpoint) -> list[str]:

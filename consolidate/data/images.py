@@ -73,9 +73,7 @@ def holds_images(rows: Rows, columns: Columns) -> bool:
     return not set(INPUT_COLUMNS) & set(rows.columns) and bool(set(_USUAL) & set(rows.columns))
 
 
-def encode_images(
-    rows: Rows, model: Model, columns: Columns, *, labels_needed: bool = True
-) -> Examples:
+def encode_images(rows: Rows, model: Model, columns: Columns, *, labels_needed: bool) -> Examples:
     """Encode images for transformers; labels are checked now, the images when they are read."""
     if model.processor is None:
         raise InputError(
@@ -100,7 +98,7 @@ def encode_images(
 
 
 def encode_own_images(
-    rows: Rows, model: Model, columns: Columns, given: Images, *, labels_needed: bool = True
+    rows: Rows, model: Model, columns: Columns, given: Images, *, labels_needed: bool
 ) -> Examples:
     """Encode images for a user's own module; the first row shows the model's outputs."""
     path = model.checkpoint.path

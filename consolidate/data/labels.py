@@ -307,7 +307,7 @@ def as_numbers(value: Any, where: str) -> list[float]:
 
 
 def read_labels(
-    rows: Rows, columns: Columns, model: Model, count: int | None, *, needed: bool = True
+    rows: Rows, columns: Columns, model: Model, count: int | None, *, needed: bool
 ) -> tuple[Tensor, list[str]]:
     """Read class numbers, (N,), binary labels, (N, K), or regression targets, and the notes.
 

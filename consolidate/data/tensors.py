@@ -33,9 +33,7 @@ class TensorExamples(Examples):
         return _cast(self.inputs[chosen], self.dtype), self.labels[chosen]
 
 
-def encode_tensors(
-    rows: Rows, model: Model, columns: Columns, *, labels_needed: bool = True
-) -> Examples:
+def encode_tensors(rows: Rows, model: Model, columns: Columns, *, labels_needed: bool) -> Examples:
     """Encode rows of tensors, or of lists of numbers; the first row shows the model's outputs."""
     name = find_column(rows, columns, "inputs", *INPUT_COLUMNS)
     inputs = _stacked(rows, name) if rows.tensors is None else within_int64(rows, name)

@@ -28,7 +28,7 @@ _PAIRS = (("text", "text_pair"), ("premise", "hypothesis"), ("sentence1", "sente
 
 
 def encode_texts(
-    rows: Rows, model: Model, encoding: Encoding, *, seed: int, labels_needed: bool = True
+    rows: Rows, model: Model, encoding: Encoding, *, seed: int, labels_needed: bool
 ) -> Examples:
     """Encode rows of texts for the model's objective."""
     if model.processor is None:

@@ -169,13 +169,19 @@ def model_outputs(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
         raise InputError(
             f"the model does not accept {_described(inputs)}: {type(error).__name__}: {error}"
         ) from error
+    return logits_of(outputs)
+
+
+def logits_of(outputs: Any, where: str = "") -> Tensor:
+    """Return the output tensor, or the `logits` of an output; `where` begins a refusal."""
     if isinstance(outputs, Mapping):
         outputs = outputs.get("logits", outputs)
     elif not isinstance(outputs, Tensor):
         outputs = getattr(outputs, "logits", outputs)
     if not isinstance(outputs, Tensor):
         raise InputError(
-            f"model output of type {type(outputs).__name__}: expected a tensor, or `logits` in it"
+            f"{where}model output of type {type(outputs).__name__}: expected a tensor, or `logits` "
+            "in it"
         )
     return outputs
 

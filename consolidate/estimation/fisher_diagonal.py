@@ -36,9 +36,7 @@ from consolidate.runtime.distributed import place_in, rounds, summed
 from consolidate.runtime.randomness import uniforms
 from consolidate.runtime.shards import is_sharded
 from formats.errors import InputError, NonFiniteError, UsageError
-from formats.fisher_json import Block
-
-ESTIMATORS = ("exact", "mc", "empirical", "batched")
+from formats.fisher_json import ESTIMATORS, Block
 
 STRUCTURES = ("diagonal", "inputs")
 

@@ -306,8 +306,8 @@ class Squares:
         self,
         sums: Mapping[str, Tensor],
         recording: Recording,
-        first: int = 0,
-        blocks: BlockSums | None = None,
+        first: int,
+        blocks: BlockSums | None,
     ):
         self.sums = sums  # where to add, by name
         self.blocks = blocks  # where to add the products of the same gradients
@@ -474,10 +474,10 @@ def add_squares(
     recording: Recording,
     outputs: Tensor,
     vectors: Iterable[Tensor],
-    first: int = 0,
-    blocks: BlockSums | None = None,
+    first: int,
+    blocks: BlockSums | None,
     *,
-    keep: bool = False,
+    keep: bool,
 ) -> Squares:
     """Add Σ_vectors Σ_examples (Jᵀ vector)² to sums, in the parameters' shapes by name.
 

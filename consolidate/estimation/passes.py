@@ -75,11 +75,11 @@ class Pass:
         scores: Scores,
         dtype: torch.dtype,
         *,
-        check: bool = False,
-        note: Callable[[str], None] | None = None,
-        start: PartialPass | None = None,
-        group: ProcessGroup | None = None,
-        blocks: Mapping[str, InputBlock] | None = None,
+        check: bool,
+        note: Callable[[str], None] | None,
+        start: PartialPass | None,
+        group: ProcessGroup | None,
+        blocks: Mapping[str, InputBlock],
     ):
         """Prepare to measure `parameters`, whose gradients are off, or to resume another pass.
 
@@ -90,7 +90,7 @@ class Pass:
         self.levels: dict[str, str] | None = None  # the parameters' methods; likewise
         self._model = model
         self._parameters = dict(parameters)
-        self._blocks = dict(blocks or {})
+        self._blocks = dict(blocks)
         self._scores = scores
         self._dtype = dtype
         self._check = check

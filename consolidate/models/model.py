@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consolidate.estimation.batches import eval_mode
+from consolidate.estimation.batches import eval_mode, logits_of
 from consolidate.models.file_weights import FileWeights
 from consolidate.models.layout import Layout
 from consolidate.models.objectives import Objective
@@ -164,12 +164,4 @@ def outputs_of_first(model: Model, first: Tensor, where: str, hint: str = "") ->
             f"{where}: the model does not accept inputs of shape {list(first.shape)} and dtype "
             f"{str(first.dtype).removeprefix('torch.')}: {error}{hint}"
         ) from error
-    if isinstance(outputs, dict):
-        outputs = outputs.get("logits", outputs)
-    outputs = getattr(outputs, "logits", outputs)
-    if not isinstance(outputs, Tensor):
-        raise InputError(
-            f"{where}: model output of type {type(outputs).__name__}: expected a tensor, or "
-            "`logits` in it"
-        )
-    return outputs
+    return logits_of(outputs, f"{where}: ")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MEASUREMENTS = 50  # of a run, evenly
+MEASUREMENTS = 50  # of a run at most, evenly
 ROWS = (64, 256)  # in a measurement, at least and at most
 GAIN = 0.3  # in log10 λ, per measurement and factor of 10 between loss and budget
 DAMPING = 0.5  # in log10 λ, per factor of 10 that the loss has risen since the last measurement
@@ -29,9 +29,9 @@ class Measured:
 
 
 def is_due(step: int, steps: int, *, begun: bool) -> bool:
-    """Say whether to measure after a step: 50 times in a run, and before λ has begun more often.
+    """Say whether to measure after a step: up to 50 times in a run, and at first more often.
 
-    Before that, after the steps 1, 2, 4, 8, … too, as loss grows fastest at the beginning.
+    Before λ has begun, after the steps 1, 2, 4, 8, … too, as loss grows fastest at the beginning.
     """
     return step % interval(steps) == 0 or not (begun or step & (step - 1))
 
@@ -54,7 +54,7 @@ def rows_measured(count: int, steps: int, step_rows: int) -> list[range]:
     """
     least, most = ROWS
     rows = min(most, max(least, interval(steps) * step_rows))
-    parts = max(1, round(count / rows))
+    parts = min(max(round(count / rows), math.ceil(count / most)), max(1, count // least))
     return [range(first, count, parts) for first in range(parts)]
 
 

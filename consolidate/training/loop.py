@@ -235,9 +235,11 @@ def training_steps(
     scaler = scaler or torch.amp.GradScaler(place.device.type, enabled=False)
     scaler.scale(torch.zeros((), device=place.device))  # as a first step without rows does not
     proximal = _proximal(penalty, optimizer) if recipe.penalty_step == "proximal" else None
-    penalty_value = 0.0 if proximal is None else proximal.value()
+    penalty_value, valued_at = 0.0, None
     grouped = _grouped(batches, recipe.gradient_accumulation_steps)
     for step, micro_batches in enumerate(grouped, first_step + 1):
+        if proximal is not None and proximal.ewc_lambda != valued_at:
+            penalty_value, valued_at = proximal.value(), proximal.ewc_lambda
         parts = [batch for batch in micro_batches if batch is not None]
         (units,) = summed(group, sum(int(likelihood.units(labels).sum()) for _, labels in parts))
         if sharded:
@@ -275,7 +277,7 @@ def training_steps(
         scaler.step(optimizer)
         scaler.update()
         if recipe.norm_statistics == "update":
-            _average_statistics(model, group)
+            _average_statistics(model, group, sum(len(labels) for _, labels in parts))
         if scaler.get_scale() >= scale:  # a lowered scale means the scaler skipped this step
             if proximal is not None:
                 penalty_value = proximal.proximal_step_and_value_(optimizer).item()
@@ -349,24 +351,21 @@ def _make_dense(parameters: Iterable[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def _average_statistics(
-    model: nn.Module, group: ProcessGroup | None, weight: float | None = None
-) -> None:
+def _average_statistics(model: nn.Module, group: ProcessGroup | None, weight: float) -> None:
     """Give every process the mean of the running statistics that each took of its own share.
 
-    `weight` is what this process's count in the mean; all count alike unless given.
+    `weight` is what this process's count in the mean: its rows.
     """
     if group is None:
         return
-    total = None if weight is None else summed(group, weight)[0]
+    (total,) = summed(group, weight)
     for module in with_statistics(model):
         statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-        if weight is not None:
-            for buffer in statistics:
-                buffer *= weight
+        for buffer in statistics:
+            buffer *= weight
         sum_(statistics, group)
         for buffer in statistics:
-            buffer /= total or group.size()
+            buffer /= total
 
 
 def _grouped(batches: Iterable[Pair | None], size: int) -> Iterator[Sequence[Pair | None]]:

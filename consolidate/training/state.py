@@ -87,13 +87,13 @@ def trained_tensors(
     """
     history = [[math.nan if v is None else v for v in astuple(step)[1:]] for step in steps]
     numbers = torch.tensor(history, dtype=torch.float64).reshape(-1, 4)
-    return _values(module, frozen) | {"history": numbers}
+    return values_of(module, frozen=frozen) | {"history": numbers}
 
 
 @torch.no_grad()
 def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Step]:
     """Give a module the values of `trained_tensors`, and return what each step reported."""
-    for name, tensor in _values(module, frozen=True).items():
+    for name, tensor in values_of(module, frozen=True).items():
         if name in tensors:
             tensor.copy_(tensors[name])
     return [
@@ -102,7 +102,8 @@ def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Step]
     ]
 
 
-def _values(module: nn.Module, frozen: bool) -> dict[str, Tensor]:
+def values_of(module: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
+    """Give parameters and buffers, uncopied, by their names in saved progress."""
     parameters = {
         f"value/{name}": local(parameter.detach())
         for name, parameter in module.named_parameters()

@@ -82,6 +82,8 @@ def _digests(ledger: Ledger) -> str:
     named += [f"what was replayed for {escaped(task.name)}" for task in replayed]
     prompted = [task for task in ledger.tasks if task.generated and task.generated.prompts]
     named += [f"the prompts of {escaped(task.name)}" for task in prompted]
+    scored = {n for task in ledger.tasks for n, b in (task.benchmarks or {}).items() if b.digest}
+    named += [f"the benchmark {escaped(name)}" for name in sorted(scored)]
     if not named:
         return "The ledger has no digest of any data."
     of = f"The ledger has a digest of the data of {', '.join(named)}"

@@ -105,7 +105,7 @@ def test_the_second_of_two_is_refused(
     model = ("--model", MODEL)
     for second in ((*FISHER, *model), (*ADD, *model), (*FINETUNE, *model), MERGE):
         code, _, err = run_cli(capsys, *second)
-        assert code == 3
+        assert code == 75
         assert f"is in use by process {held.pid}" in err
     code, err = held.release()
     assert code == 0, err
@@ -157,7 +157,7 @@ def test_a_whole_checkpoint_of_weights_that_change_is_not_written(hold: Hold) ->
 def test_of_several_processes_the_first_claims(place: Path) -> None:
     words = [*FISHER, "--model", MODEL]
     with claimed(place / "it"):
-        assert ended(started(2, words, place / "log")) == [3, 3]
+        assert ended(started(2, words, place / "log")) == [75, 75]
     assert (place / "log").read_text().count("is in use by process") == 1
     assert ended(started(2, words, place / "log")) == [0, 0]
     assert verify("it")["tasks"] == ["c"]

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from consolidate.chain import fingerprint
+from consolidate.fields import flat_options, gather
+from consolidate.options import FinetuneOptions, FisherOptions
 
 
 def test_the_source_of_a_factory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +28,16 @@ def test_data_to_measure_count() -> None:
     after = {**before, "measure": {"b": {"digest": "1"}}}
     assert fingerprint.changes(before, after) == "data to measure of b added"
     assert fingerprint.changes(after, before) == "data to measure of b removed"
+
+
+@pytest.mark.parametrize("record", [FisherOptions, FinetuneOptions])
+def test_a_check_counts_where_it_is_made(record: type) -> None:
+    """Without one the description is that of results made before it counted."""
+    (name,) = {flat.name for flat in flat_options(record)} & set(fingerprint.UNLESS_DEFAULT)
+    given = {"checkpoint": "a", "data": "b", "output_dir": "c"}
+    without = fingerprint.asked(gather(record, given), {})
+    checked = fingerprint.asked(gather(record, {**given, name: True}), {})
+    assert name not in without["options"]
+    flag = name.replace("_", "-")
+    assert fingerprint.changes(without, checked) == f"{flag} default → True"
+    assert fingerprint.changes(checked, without) == f"{flag} True → default"

@@ -330,6 +330,22 @@ def test_a_training_goes_on_where_it_cannot_be_kept(
     )
 
 
+def test_saving_is_tried_again_after_it_has_failed(
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, tried = consolidate.chain.resume.write_partial, []
+
+    def full_at_first(*arguments: Any) -> None:
+        tried.append(len(list(tmp_path.glob(".out.consolidate-partial"))))
+        if len(tried) < 3:
+            raise InputError("the disk is full")
+        write(*arguments)
+
+    monkeypatch.setattr(consolidate.chain.resume, "write_partial", full_at_first)
+    consolidate.finetune(learned, write_task("new", seed=1), output_dir=tmp_path / "out", **COMMON)
+    assert tried[:4] == [0, 0, 0, 1]
+
+
 def test_a_training_that_diverges_is_not_kept(
     learned: Path, write_task: Write, tmp_path: Path
 ) -> None:

@@ -90,6 +90,16 @@ def test_another_fisher_is_refused_as_before(network_checkpoint: Path, write_tas
         consolidate.fisher(network_checkpoint, data, **NETWORK, add=True, overwrite=True)
 
 
+def test_with_a_check_it_is_measured_again(network_checkpoint: Path, write_task: Write) -> None:
+    data = write_task("old")
+    consolidate.fisher(network_checkpoint, data, **NETWORK)
+    with pytest.raises(InputError, match="already exists: --overwrite replaces it"):
+        consolidate.fisher(network_checkpoint, data, **NETWORK, check=True)
+    checked: dict[str, Any] = {**NETWORK, "check": True, "overwrite": True}
+    assert consolidate.fisher(network_checkpoint, data, **checked)["status"] == "done"
+    assert consolidate.fisher(network_checkpoint, data, **checked)["status"] == "cached"
+
+
 def test_a_fine_tuning_is_done_once(
     network_checkpoint: Path, write_task: Write, tmp_path: Path, nothing_written: Callable[[], None]
 ) -> None:

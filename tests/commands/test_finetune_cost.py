@@ -1,5 +1,6 @@
 """`finetune --dry-run` tells what a training would take, refuses what it would, writes nothing."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import consolidate
 from consolidate.commands import finetune_cost
 from formats.errors import InputError, UsageError
 from support.command_line import run
+from support.faults import Killed, break_off
 from support.folders import contents
 from support.json_schema import check_json
 from support.networks import FAST, NETWORK
@@ -99,6 +101,41 @@ def test_what_training_would_refuse_is_refused(
     (tmp_path / "out" / "mine").write_text("mine")
     assert dry(learned, new)["status"] == "dry run"
     assert "without --dry-run this would be refused, unless it is up to date: " in caplog.text
+
+
+def test_data_to_measure_that_are_missing_are_refused(
+    learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    b, c, start = write_task("b", seed=1), write_task("c", seed=2), tmp_path / "b0"
+    given: dict[str, Any] = {"ewc_lambda": 2.0, "no_fisher": True, **FAST}
+    consolidate.finetune(learned, b, output_dir=start, **given)
+    assert dry(start, c, measure={"b": b})["old_tasks"] == ["old", "b"]
+    with pytest.raises(InputError, match="nowhere"):
+        dry(start, c, measure={"b": tmp_path / "nowhere.npz"})
+
+
+def test_saved_progress_of_another_run_is_reported(
+    learned: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "consolidate")
+    new = write_task("new", seed=1)
+    given = {"output_dir": tmp_path / "out", "ewc_lambda": 2.0, **FAST}
+    break_off(monkeypatch, 2)
+    with pytest.raises(Killed):
+        consolidate.finetune(learned, new, **given, save_every_minutes=0)
+    before = contents(tmp_path)
+    dry(learned, new)
+    dry(learned, new, epochs=9, restart=True)
+    assert "refused" not in caplog.text
+    dry(learned, new, epochs=9)
+    assert re.search(
+        r"this would be refused, .*another run \(changed: epochs .* → 9\)", caplog.text
+    )
+    assert contents(tmp_path) == before
 
 
 def test_the_command_line_prints_it(

@@ -131,14 +131,23 @@ def test_texts_that_are_gone_are_generated_again_where_the_training_was_killed(
 
 
 def test_a_dry_run_generates_nothing(
-    gpt2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpt2: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "consolidate")
     monkeypatch.delattr(fisher_command, "generate_sample")
-    before = contents(tmp_path)
-    given = {**COMMON, **TRAINED, "protect_self": 4, "dry_run": True}
-    found = consolidate.finetune(gpt2, data, output_dir=tmp_path / "out", **given)
-    assert (found["old_tasks"], found["penalty"], found["steps"]) == (["self"], "ewc", 3)
-    assert contents(tmp_path) == before
+    texts = tmp_path / "texts.jsonl"
+    given = {**COMMON, **TRAINED, "protect_self": 4, "dry_run": True, "save_generated": texts}
+    for told in (False, True):
+        before = contents(tmp_path)
+        found = consolidate.finetune(gpt2, data, output_dir=tmp_path / "out", **given)
+        assert (found["old_tasks"], found["penalty"], found["steps"]) == (["self"], "ewc", 3)
+        assert contents(tmp_path) == before
+        assert (f"up to date: {texts} already exists, with other content" in caplog.text) == told
+        texts.write_text("mine\n")
 
 
 @pytest.mark.slow

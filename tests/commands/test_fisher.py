@@ -19,6 +19,7 @@ from consolidate.api import evaluate, finetune
 from consolidate.chain.resume import KeptWork
 from consolidate.commands import measurement_report
 from consolidate.commands.measurement import measure_fisher
+from consolidate.estimation import passes
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.options import Columns
 from consolidate.runtime import devices
@@ -258,6 +259,27 @@ def test_no_digest_of_the_data_on_request(network_checkpoint: Path, write_task: 
     assert ledger["tasks"][0]["data_digest"] is None
 
 
+def test_small_gradients_of_float16_weights_are_not_lost(
+    network_checkpoint: Path,
+    tmp_path: Path,
+    write_task: Write,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "consolidate")
+    weights = load_file(network_checkpoint / "model.safetensors")
+    weights["2.weight"] *= 1e-5  # which makes all gradients before it small
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        folder = shutil.copytree(network_checkpoint, tmp_path / str(dtype))
+        narrow = {name: values.half().to(dtype) for name, values in weights.items()}
+        save_file(narrow, folder / "model.safetensors", {"format": "pt"})
+        consolidate.fisher(folder, write_task("old"), **NETWORK)
+        found.append(fisher_of(folder))
+    assert caplog.text.count("the weights are float16, in which small gradients are 0") == 1
+    assert all(torch.equal(found[0][name], values) for name, values in found[1].items())
+    assert (found[0]["0.weight"] > 0).any()
+
+
 def test_the_penalty_in_a_loop_of_ones_own(network_checkpoint: Path, write_task: Write) -> None:
     consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK)
     network = make_network({"sizes": [6, 8, 3]})
@@ -412,14 +434,24 @@ def test_no_data_set_is_refused(network_checkpoint: Path) -> None:
 
 
 def test_every_batch_can_be_checked(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = write_task("old")
+    data, choose, checked = write_task("old"), passes.choose_methods, list[int]()
+
+    def counted(*arguments: Any) -> Any:
+        checked[-1] += 1
+        return choose(*arguments)
+
+    monkeypatch.setattr(passes, "choose_methods", counted)
+    options = {**NETWORK, "batch_size": 20}
     for name, check in (("once", False), ("always", True)):
+        checked.append(0)
         consolidate.fisher(
-            network_checkpoint, data, **NETWORK, check=check, output_dir=tmp_path / name
+            network_checkpoint, data, **options, check=check, output_dir=tmp_path / name
         )
-    assert contents(tmp_path / "once") == contents(tmp_path / "always")
+    assert checked == [1, 3]
+    once, always = (tmp_path / name / "fisher/fisher.safetensors" for name in ("once", "always"))
+    assert once.read_bytes() == always.read_bytes()
 
 
 # Long passes.

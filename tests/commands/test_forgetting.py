@@ -11,7 +11,7 @@ from consolidate.fields import gather
 from consolidate.options import FinetuneOptions
 from consolidate.training.forgetting import beyond, forgetting
 from formats.errors import ForgettingError, InputError, UsageError
-from support.checkpoints import Write
+from support.checkpoints import Write, first_task, write_clusters
 from support.command_line import run
 
 FAST = {
@@ -22,12 +22,10 @@ FAST = {
 }
 
 
-@pytest.fixture
-def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
-    """A checkpoint that knows task a."""
-    out = tmp_path / "first"
-    finetune(network_checkpoint, write_task("a"), output_dir=out, penalty="none", **FAST)
-    return out
+@pytest.fixture(scope="module")
+def learned_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learned")
+    return first_task(folder, write_clusters(folder, "a"), **FAST)
 
 
 def test_forgetting_is_the_score_that_old_tasks_lost() -> None:
@@ -79,11 +77,22 @@ def test_what_forgot_too_much_is_kept_aside(
         assert again.value.result["metrics"] == result["metrics"]
         with pytest.raises(InputError, match=r"out\.failed-forgetting"):  # before the work
             finetune(learned, b, output_dir=out, max_forgetting=0.02, **common)
+    assert finetune(learned, b, output_dir=out, **common)["status"] == "done"  # without a gate
     kept = finetune(learned, b, output_dir=out, max_forgetting=lost, overwrite=True, **common)
     assert (kept["status"], kept["checkpoint"]) == ("done", str(out))
     with pytest.raises(ForgettingError):
         finetune(learned, b, output_dir=out, max_forgetting=0.03, overwrite=True, **common)
     assert verify(out)["tasks"] == ["a", "b"]  # the good one was not replaced
+
+
+def test_without_a_digest_of_the_data_the_failed_output_is_in_the_way(
+    learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    a, b = write_task("a"), write_task("b", seed=1)
+    given = {"penalty": "none", "evaluate": {"a": a}, "max_forgetting": 0.03, **FAST}
+    for error in (ForgettingError, InputError):
+        with pytest.raises(error, match=r"out\.failed-forgetting"):
+            finetune(learned, b, output_dir=tmp_path / "out", data_digest=False, **given)
 
 
 def test_a_gate_needs_an_old_task_to_measure(

@@ -178,12 +178,15 @@ def test_what_is_refused_before_anything_is_sent(
 
 
 def test_a_branch_and_a_pull_request(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
-    pushed(tmp_path, hub, checkpoint, "user/model", "--revision", "next", "--public")
+    first = pushed(tmp_path, hub, checkpoint, "user/model", "--revision", "next", "--public")
     repository = hub.repositories["user/model"]
+    assert repository.messages == {first["commit"]: "Push old"}
     assert not repository.private
     assert set(repository.files) == {".gitattributes"}
     assert "fisher/fisher.json" in repository.commits[repository.branches["next"]]
-    done = pushed(tmp_path, hub, checkpoint, "user/model", "--create-pr", "--public")
+    words = ("--create-pr", "--public", "--commit-message", "Mine")
+    done = pushed(tmp_path, hub, checkpoint, "user/model", *words)
+    assert repository.messages[done["commit"]] == "Mine"
     assert done["pull_request"].endswith("/user/model/discussions/1")
     assert set(repository.files) == {".gitattributes"}
     assert repository.branches["refs/pr/1"] == done["commit"]

@@ -116,6 +116,19 @@ def test_the_place_of_a_file_is_left_out(tmp_path: Path) -> None:
     assert emptied(tmp_path, content) == {"n": "é"}
 
 
+def test_lists_of_paths_lose_the_local_ones(tmp_path: Path) -> None:
+    content = {
+        "name_or_path": ["/home/alice/x", "user/model", ["~/x"]],
+        "parts": [{"vocab_file": ["/a", "vocab.txt", "C:/b", "/c"]}],
+        "bad_words": ["/think"],
+    }
+    assert emptied(tmp_path, content) == {
+        "name_or_path": ["", "user/model", [""]],
+        "parts": [{"vocab_file": ["vocab.txt"]}],
+        "bad_words": ["/think"],
+    }
+
+
 def test_code_is_what_auto_maps_name_and_what_that_imports(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -312,6 +312,23 @@ def test_up_to_date_until_a_file_changes(
         assert again(benchmark_limit=3) == "done", name
 
 
+def test_the_digest_of_its_data_can_be_left_out(
+    llama: Path, folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    tests = {"b": f"lm-eval:{folder}/choice.yaml"}
+    for data_digest in (True, False):
+        out = tmp_path / f"out-{data_digest}"
+        result = finetune(
+            llama, texts, output_dir=out, penalty="none", max_steps=1, evaluate=tests,
+            data_digest=data_digest, benchmark_limit=2,
+        )  # fmt: skip
+        expected = benchmark_content(tests["b"])["digest"] if data_digest else None
+        assert result["benchmarks"]["b"]["digest"] == expected
+        card = " ".join((out / "README.md").read_text().split())
+        assert ("a digest of the data of texts, the benchmark b, which" in card) == data_digest
+        assert ("The ledger has no digest of any data." in card) != data_digest
+
+
 def test_a_chain_is_evaluated_on_a_benchmark(
     llama: Path, folder: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_a_claim_is_one_process_s_until_it_ends_or_dies(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         claim = target.with_name(".out.consolidate-claim")
-        why = rf"{target} is in use by process {holder.pid}, which has locked {claim}"
+        why = rf"{target} is in use by process {holder.pid} on \S+, which has locked {claim}"
         with pytest.raises(InputError, match=why), claimed(target):
             pytest.fail("the block must not run")
     finally:
@@ -520,10 +521,24 @@ def test_folders_need_not_be_synced_where_the_file_system_does_not(tmp_path, mon
     assert (tmp_path / "out/a").read_text() == "a"
 
 
+@pytest.mark.parametrize("left", [".out.consolidate-new", ".out.consolidate-old"])
+def test_what_cannot_be_settled_is_refused_before_the_work(tmp_path, monkeypatch, left):
+    (tmp_path / left).mkdir()
+    with claimed(tmp_path / "out"):  # a killed run left it, which the locks show
+        pass
+    (tmp_path / left).mkdir()
+    monkeypatch.setattr(atomic, "recover", lambda target: None)  # as where there are no locks
+    with (
+        pytest.raises(InputError, match=f"{left} was left by another run"),
+        claimed(tmp_path / "out"),
+    ):
+        pytest.fail("the block must not run")
+
+
 def test_a_mounted_folder_need_not_have_a_parent_that_can_be_written(tmp_path, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()
-    monkeypatch.setattr(atomic, "_is_mount", lambda path: path == target)
+    monkeypatch.setattr(atomic, "is_mount", lambda path: path == target)
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     check_target(target)
     monkeypatch.setattr(os, "access", lambda path, mode: path != target)
@@ -632,7 +647,7 @@ def test_a_claim_waits_for_who_removes_stale_ones(tmp_path):
         timer = threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN))
         timer.start()
         with claimed(tmp_path / "out"):
-            assert path.read_text() == str(os.getpid())
+            assert path.read_text() == f"{os.getpid()} on {platform.node()}"
         timer.join()
 
 

@@ -61,6 +61,19 @@ def test_digest_is_of_paths_and_contents(tmp_path):
     assert open_data(root).digest() == hashlib.sha256(lines).hexdigest()
 
 
+def test_an_image_that_changes_after_it_was_read_is_refused(tmp_path):
+    root = folder(tmp_path)
+    for read in (lambda rows: rows.digest(), lambda rows: rows[0]):
+        rows = open_data(root)
+        read(rows)
+        path = rows._files[0][1]
+        content = path.read_bytes()
+        path.write_bytes(content + b"\0")
+        with pytest.raises(InputError, match=rf"{path} was changed while it was being read"):
+            rows[0]
+        path.write_bytes(content)
+
+
 def test_images_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[Image.ExifTags.Base.Orientation] = 6

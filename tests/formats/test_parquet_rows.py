@@ -94,6 +94,16 @@ def test_unreadable_files_are_refused(tmp_path):
             open_data(path)
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1, 2]}), path, row_group_size=1)
+    rows = open_data(path)
+    assert rows[0] == {"a": 1}
+    pyarrow.parquet.write_table(pyarrow.table({"a": [30, 40]}), path)
+    with pytest.raises(InputError, match=rf"{path} was changed while it was being read"):
+        rows[1]
+
+
 def test_a_damaged_row_group_is_named(tmp_path):
     path = tmp_path / "x.parquet"
     table = pyarrow.table({"x": [f"some text {i}" for i in range(1000)]})

@@ -8,6 +8,7 @@ import pytest
 
 from consolidate.options import Columns
 from formats.errors import InputError, UsageError
+from formats.hub_dataset import HubRows
 from formats.task_file import TaskFile, open_task, read_task_file
 
 
@@ -80,11 +81,16 @@ def test_data_is_found_beside_the_file(tmp_path, monkeypatch):
     assert rows[0] == {"a": "beside"}
 
 
-def test_a_folder_with_the_form_of_a_hub_id_is_found_beside_the_file(tmp_path, monkeypatch):
-    path = task(tmp_path / "tasks", 'data = "news/train"\n')
-    data(tmp_path / "tasks" / "news" / "train" / "x.jsonl", [{"a": "beside"}])
-    monkeypatch.chdir(tmp_path)
-    assert open_task(path)[1][0] == {"a": "beside"}
+@pytest.mark.parametrize("folder", ["news/train", "rows", "./rows"])
+def test_a_folder_with_the_form_of_a_hub_id_is_found_beside_the_file(tmp_path, monkeypatch, folder):
+    path = task(tmp_path / "tasks", f'data = "{folder}"\n')
+    data(tmp_path / "tasks" / folder / "x.jsonl", [{"a": "beside"}])
+    for place in (tmp_path, path.parent):
+        monkeypatch.chdir(place)
+        for way in (path, path.relative_to(place)):
+            rows = open_task(way)[1]
+            assert rows[0] == {"a": "beside"}
+            assert not isinstance(rows, HubRows)  # `datasets` would read the folder too
 
 
 def test_an_absolute_path(tmp_path):

@@ -97,6 +97,16 @@ def test_wrong_shapes_are_refused(tmp_path, suffix, data, said):
     assert str(path) in str(error.value)
 
 
+def test_an_npz_file_that_is_replaced_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, a=np.zeros(2), b=np.zeros(2))
+    tensors = open_data(path).tensors
+    assert tensors["a"].shape == (2,)
+    np.savez(path, a=np.zeros(2), b=np.ones(3))
+    with pytest.raises(InputError, match=rf"{path} was changed while it was being read"):
+        tensors["b"]
+
+
 def test_the_unequal_lengths_are_named(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, inputs=np.zeros((5, 2)), labels=np.zeros(4))

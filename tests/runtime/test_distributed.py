@@ -31,7 +31,14 @@ from consolidate.runtime.torchrun import rank
 from formats.errors import UsageError
 from support import together
 from support.checkpoints import Write
-from support.distributed_cases import FISHERS, SHARDED, TRAININGS, told, write_found
+from support.distributed_cases import (
+    FISHERS,
+    SHARDED,
+    TRAININGS,
+    statistics,
+    told,
+    write_found,
+)
 from support.networks import NETWORK
 
 TESTS = Path(__file__).parent.parent
@@ -77,6 +84,10 @@ def test_the_fisher_of_several_processes_is_that_of_one(found: Found, name: str)
     errors = together.pop("relative_errors")
     assert errors == pytest.approx(alone.pop("relative_errors"), rel=1e-9)
     assert together == alone
+
+
+def test_running_statistics_count_the_rows_of_each_process(found: Any) -> None:
+    torch.testing.assert_close(found["statistics"], statistics(None))
 
 
 @pytest.mark.parametrize("name", TRAININGS)

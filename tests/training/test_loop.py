@@ -182,6 +182,22 @@ def test_proximal_steps_follow_the_optimizers(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_the_penalty_of_a_proximal_step_is_that_of_the_lambda_it_is_taken_with() -> None:
+    model = network()
+    penalty = ewc(model)
+    optimizer = make_optimizer("sgd", model.parameters(), learning_rate=0.1)
+    scheduler = make_scheduler("constant", optimizer, warmup_steps=0, total_steps=4)
+    recipe = Recipe(penalty_step="proximal")
+    given = (model, batches([4] * 4), SOFTMAX, optimizer, scheduler, recipe)
+    penalty.ewc_lambda, expected, found = 0.0, 0.0, []
+    for step in training_steps(*given, penalty=penalty):
+        found.append((step.penalty, expected))
+        penalty.ewc_lambda += 3.0
+        expected = penalty.value()
+    assert found[1][0] > 0
+    assert all(value == pytest.approx(wanted) for value, wanted in found)
+
+
 @pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
 def test_mixed_precision_learns_with_float32_masters(mixed_precision: str) -> None:
     model = network().float()
