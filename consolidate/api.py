@@ -142,7 +142,7 @@ def fisher(
         shard: Shard weights, Fisher and optimizer state over the processes of torchrun (FSDP2), for
             models too large for one device.
         dtype: Dtype of the weights. One of float32, float64, bfloat16, float16. (default: as
-            stored)
+            stored, but float32 for float16)
         estimator: Labels to take the expectation over: all (exact), sampled from the model (mc),
             the data's own (empirical), or sampled, with gradients squared per batch (batched).
             (default: exact up to 16 outcomes, else mc)

@@ -89,11 +89,11 @@ def _seed() -> Any:
     return option(0, "Random seed.", least=0, below=2**63)
 
 
-def _dtype() -> Any:
+def _dtype(by_default: str = "as stored") -> Any:
     return option(
         None,
         "Dtype of the weights.",
-        by_default="as stored",
+        by_default=by_default,
         group=Source.TITLE,
         dtype=True,
         choices=("float32", "float64", "bfloat16", "float16"),
@@ -770,7 +770,7 @@ class FisherOptions:
     encoding: Encoding = part(Encoding())
     source: Source = part(Source())
     parameters: Parameters = part(Parameters())
-    dtype: str | None = _dtype()
+    dtype: str | None = _dtype("as stored, but float32 for float16")
     estimation: Estimation = part(Estimation())
     curvature: Curvature = part(Curvature())
     seed: int = _seed()

@@ -38,7 +38,8 @@ _TEMPORARY = ".consolidate-tmp"
 _LONGEST_OF_FOLDER = len(f"..failed-forgetting{_PARTIAL}-9999-new")
 _LONGEST_OF_FILE = len(f"..01234567{_TEMPORARY}")
 _NOT_CONTENT = {NEW, _OLD, _COMMIT, _PUBLISH, _LOCK, _CLAIM, "lost+found"}
-_UNLINKED = (".nfs", ".fuse_hidden")  # what these file systems keep of a file still in use
+_UNLINKED = re.compile(r"\.(nfs|fuse_hidden)[0-9a-f]{16,}")
+"""What NFS and FUSE keep of a removed file that is still in use."""
 
 _READS = 5  # of a folder that is replaced again and again
 
@@ -83,11 +84,8 @@ def claimed(target: Path) -> Iterator[None]:
     A process that dies releases its claim; the file that it leaves behind is stale and harmless.
     """
     check_target(target, overwrite=True)
-    place = _Place(target)
     with ExitStack() as cleanup:
-        _claim(place, cleanup)
-        recover(target)
-        _refuse_leavings(place)
+        _claim(_Place(target), cleanup)
         yield
 
 
@@ -100,10 +98,7 @@ def claimed_in_place(folder: Path, part: str) -> Iterator[None]:
         # Without permission to write beside a folder one cannot replace it, but may write into it.
         if os.access(place.claim.parent, os.W_OK):
             _claim(place, cleanup)
-        part_place = _Place(folder / part)
-        _claim(part_place, cleanup)
-        recover(folder / part)
-        _refuse_leavings(part_place)
+        _claim(_Place(folder / part), cleanup)
         yield
 
 
@@ -115,17 +110,32 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
     _check_parent(target, [*([place.target] if place.mounted else []), *place.target.parents])
 
 
+def check_leavings(target: Path) -> None:
+    """Refuse, before any work is done, what another run left and `recover` cannot settle.
+
+    That is where files cannot be locked or removed.
+    """
+    place = _Place(target)
+    if any(map(os.path.exists, place.leavings)):
+        with explained(place.target, FULL | FORBIDDEN), ExitStack() as cleanup:
+            if _lock_or_refuse(place, cleanup) is Lock.TAKEN:
+                _settle(place)
+            _refuse_leavings(place)
+
+
 def recover(target: Path) -> None:
     """Complete or roll back a killed `replace_folder` of this target.
 
-    Does nothing while another process writes the target. Cheap where nothing was left behind.
+    Does nothing while another process writes the target, but waits a moment where there is no
+    target, as that process may be about to restore it. Cheap where nothing was left behind.
     """
     place = _Place(target)
     if not any(map(os.path.exists, place.leavings)):
         return
+    take = try_lock if os.path.exists(place.target) else lock_soon
     try:
         with ExitStack() as cleanup:
-            if try_lock(place.lock, cleanup) is Lock.TAKEN:
+            if take(place.lock, cleanup) is Lock.TAKEN:
                 _settle(place)
     except OSError as error:
         halfway = [place.target / _COMMIT, place.target / _PUBLISH]
@@ -275,7 +285,8 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _is_content(name: str) -> bool:
-    return name not in _NOT_CONTENT and not name.startswith((_PARTIAL, *_UNLINKED))
+    own = name in _NOT_CONTENT or name.startswith(_PARTIAL)
+    return not own and _UNLINKED.fullmatch(name) is None
 
 
 def _refuse_content(place: _Place, overwrite: bool) -> None:
@@ -321,18 +332,27 @@ def _check_parent(given: Path, above: Iterable[Path]) -> None:
         )
 
 
-def _lock_or_refuse(place: _Place, cleanup: ExitStack) -> None:
-    if lock_soon(place.lock, cleanup) is Lock.BUSY:
+def _lock_or_refuse(place: _Place, cleanup: ExitStack) -> Lock:
+    if (found := lock_soon(place.lock, cleanup)) is Lock.BUSY:
         raise BusyError(
             f"{place.target}: another process is writing this folder; wait until it ends"
         )
+    return found
 
 
 def _claim(place: _Place, cleanup: ExitStack) -> None:
     """Hold the claim on a place until `cleanup` closes, or refuse."""
     with explained(place.target, FULL | FORBIDDEN | {errno.ENOENT}):  # as in /proc
         _make_parents(place.claim, cleanup)
-        if lock_soon(place.claim, cleanup) is Lock.BUSY:
+        try:
+            found = lock_soon(place.claim, cleanup)
+        except PermissionError as error:
+            if not place.claim.exists():
+                raise
+            raise InputError(
+                f"{place.claim} was left by another user: remove it, or choose another folder"
+            ) from error
+        if found is Lock.BUSY:
             number = place.claim.read_text()
             holder = f"process {number}" if number else "another process"
             raise BusyError(

@@ -42,6 +42,14 @@ UNREADABLE = (SafetensorsParsingError, AttributeError, TypeError, LookupError, R
 """What the client raises for a damaged header, or for JSON of another form."""
 
 
+def find_local(checkpoint: str | Path) -> Path:
+    """Return the path of a checkpoint, moved back if a command was killed while it replaced it."""
+    path = Path(checkpoint).expanduser()
+    if path.name and "\0" not in path.name and path.parent.exists() and not path.exists():
+        recover(path)
+    return path
+
+
 def locate(
     checkpoint: str | Path,
     revision: str | None = None,
@@ -54,9 +62,7 @@ def locate(
     A repository is named ``user/model`` or ``user/model@revision``; `only` and `without` are
     patterns of files to fetch and to skip. Where the Hub cannot be reached, the cache is used.
     """
-    path = Path(checkpoint).expanduser()
-    if not path.exists() and path.name:
-        recover(path)
+    path = find_local(checkpoint)
     if path.exists():
         if revision is not None:
             raise UsageError(

@@ -1,5 +1,6 @@
 """Rows of an image folder with one subfolder per class, and the decoding of images."""
 
+import array
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import IO, Any
 from formats.errors import InputError, UsageError, install
 from formats.rows import (
     Rows,
-    Stamp,
     check_regular,
     check_unchanged,
     file_digest,
@@ -77,7 +77,6 @@ class ImageFolderRows(Rows):
         self.columns = ["image", "label"]
         self.classes = sorted(classes)
         self._folder = folder
-        self._stamps: dict[Path, Stamp] = {}  # of the files that were read so far
         self._files = [
             (name, path)
             for name in self.classes
@@ -88,6 +87,7 @@ class ImageFolderRows(Rows):
                 f"{folder}: expected images in the class folders {', '.join(self.classes)}, found "
                 "none"
             )
+        self._stamps = array.array("q", bytes(16 * len(self._files)))  # 0: not read so far
 
     def __len__(self) -> int:
         return len(self._files)
@@ -95,7 +95,7 @@ class ImageFolderRows(Rows):
     def read_row(self, i: int) -> dict[str, Any]:
         """Return image and label `i`."""
         label, path = self._files[i]
-        self._check_unchanged(path)
+        self._check_unchanged(i)
         return {"image": decode_image(path, f"{path}, row {i + 1}"), "label": label}
 
     def values(self, column: str) -> Iterator[Any]:
@@ -115,13 +115,17 @@ class ImageFolderRows(Rows):
     def digest(self) -> str:
         """Return the SHA-256 over JSON lines [path in the folder, file's digest], in row order."""
 
-        def digest(path: Path) -> str:
-            self._check_unchanged(path)
+        def digest(i: int, path: Path) -> str:
+            self._check_unchanged(i)
             return file_digest(path)
 
-        return listing_digest((self._below(path), digest(path)) for _, path in self._files)
+        files = enumerate(path for _, path in self._files)
+        return listing_digest((self._below(path), digest(i, path)) for i, path in files)
 
-    def _check_unchanged(self, path: Path) -> None:
+    def _check_unchanged(self, i: int) -> None:
+        path, seen = self._files[i][1], self._stamps[2 * i : 2 * i + 2]
         if path.exists():  # else it is refused where it is read
-            now = stamp(path)
-            check_unchanged(path, self._stamps.setdefault(path, now), now)
+            now = array.array("q", stamp(path))
+            if any(seen):
+                check_unchanged(path, seen, now)
+            self._stamps[2 * i : 2 * i + 2] = now

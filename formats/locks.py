@@ -30,7 +30,8 @@ def try_lock(path: Path, cleanup: ExitStack) -> Lock:
             raise InputError(
                 f"{path} is a link: expected a file that only this folder holds; remove it"
             )
-        descriptor = _open(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -63,17 +64,6 @@ def remove_stale(folder: Path, pattern: str) -> None:
     for path in folder.glob(pattern):
         with suppress(OSError, InputError), ExitStack() as moment:
             try_lock(path, moment)
-
-
-def _open(path: Path) -> int:
-    """Open a lock file; one that another user left can be locked without writing to it."""
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:
-        if not path.exists():
-            raise
-        return os.open(path, flags | os.O_RDONLY)
 
 
 def _is_own_file(path: Path) -> bool:

@@ -70,8 +70,8 @@ class ParquetRows(Rows):
         # popped and stored again, since another thread may have evicted it in between
         table = self._cache.pop(g, None)
         if table is None:
-            check_unchanged(self.path, self._stamp, stamp(self.path))
             try:
+                check_unchanged(self.path, self._stamp, stamp(self.path))
                 with pyarrow.parquet.ParquetFile(self.path) as file:
                     table = file.read_row_group(g)
                 table.validate(full=True)

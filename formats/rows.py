@@ -18,17 +18,14 @@ from torch import Tensor
 from formats.errors import InputError
 from formats.wording import few
 
-Stamp = tuple[int, int]
-"""Size and time of change of a file."""
 
-
-def stamp(file: Path | int) -> Stamp:
-    """Return the stamp of a file, by its path or its descriptor."""
+def stamp(file: Path | int) -> tuple[int, int]:
+    """Return size and time of change of a file, by its path or its descriptor."""
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
 
 
-def check_unchanged(path: Path, before: Stamp, now: Stamp) -> None:
+def check_unchanged(path: Path, before: Sequence[int], now: Sequence[int]) -> None:
     """Refuse a file that was changed, or replaced by another, since it was opened."""
     if now != before:
         raise InputError(f"{path} was changed while it was being read; start again")

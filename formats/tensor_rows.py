@@ -60,14 +60,14 @@ class NpzColumns(LazyTensors):
         if column not in self.headers:
             raise KeyError(column)
         if column not in self._loaded:
-            check_unchanged(self.path, self._stamp, stamp(self.path))
             try:
+                check_unchanged(self.path, self._stamp, stamp(self.path))
                 with np.load(self.path, allow_pickle=False) as archive:
                     values = archive[column]
                 # torch only supports the machine's byte order
                 values = values.astype(values.dtype.newbyteorder("="), copy=False)
                 self._loaded[column] = torch.from_numpy(values)
-            except MemoryError:
+            except (InputError, MemoryError):
                 raise
             except Exception as error:
                 raise InputError(

@@ -130,6 +130,7 @@ def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
         recover(beside)
         return beside if beside.is_dir() else None
     folder = locate(elsewhere, only=FISHER)
+    recover(folder / "fisher")
     for candidate in (folder / "fisher", folder):
         if (candidate / "fisher.json").is_file():
             return candidate

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from consolidate.runtime.distributed import all_processes, is_first
-from formats.atomic import check_target, has_content, partial_path
+from formats.atomic import check_leavings, check_target, has_content, partial_path
 from formats.checkpoint import Checkpoint, open_checkpoint, other_files
 from formats.errors import InputError
 from formats.fisher_folder import LEDGER_NAME
@@ -23,6 +23,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
             "at the same weights"
         )
     check_target(target, overwrite=overwrite)
+    check_leavings(target)
     if not has_content(target):
         return
     if not (target / LEDGER_NAME).is_file():

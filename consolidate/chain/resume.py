@@ -33,6 +33,8 @@ from formats.errors import InputError
 from formats.partial_work import StoredWork, read_partial, remove_partial, write_partial
 
 LOG = logging.getLogger("consolidate")
+RETRY_SECONDS = 60.0
+"""At least so long after a save that failed the next one is tried, but for a stop."""
 
 
 class KeptWork:
@@ -77,6 +79,10 @@ class KeptWork:
         self._refuse_others(stored)
         return start_with_first(stored, self.group)
 
+    def check(self) -> None:
+        """Refuse saved progress of another command, without reading its tensors."""
+        self._refuse_others(read_partial(self._target, self._process, whole=False))
+
     def settle(self, *numbers: float, alone: bool = False) -> list[float]:
         """Agree among all processes whether to save progress and whether to stop.
 
@@ -101,13 +107,16 @@ class KeptWork:
         what: str,
         *,
         own: bool = False,
-    ) -> None:
+    ) -> bool:
         """Save this; where that fails the work continues, and the next save is tried in its turn.
 
         With `own` each process saves its own part, not the first one for all.
+
+        Returns:
+            Whether this process saved something.
         """
         if self._every == math.inf or not (own or self.shard or self._process == 0):
-            return
+            return False
         size = sum(tensor.nbytes for tensor in tensors.values())
         command = self._command()
         try:
@@ -119,11 +128,16 @@ class KeptWork:
                 write_partial(self._target, tensors, state, command, self._process)
         except (InputError, OSError) as error:
             if not self._failed:
-                LOG.info("progress cannot be saved, and the %s continues without: %s", what, error)
+                note = "progress cannot be saved, and the %s continues: %s; saving is tried again"
+                LOG.info(note, what, error)
             self._failed = True
-        else:
-            self._failed = False
+            self._last = self._clock() + max(0.0, RETRY_SECONDS - self._every)
+            return False
+        if self._failed:
+            LOG.info("progress is saved again")
+        self._failed = False
         self._last = self._clock()
+        return True
 
     def can_keep(self, stop: BaseException, *, gathers: bool = False) -> bool:
         """Say whether progress can be saved at a stop.
@@ -291,8 +305,8 @@ class KeptPass:
         if self._work.due:
             tensors = {f"{PASS}{name}": tensor for name, tensor in partial.tensors.items()}
             state = {"levels": partial.levels, "most": partial.most}
-            self._work.keep(self._tensors | tensors, self._state | state, "pass", own=True)
-            self._has_kept = True
+            tensors, state = self._tensors | tensors, self._state | state
+            self._has_kept |= self._work.keep(tensors, state, "pass", own=True)
         self._work.stop_if_asked(f"after {partial.examples} examples")
 
     def end(self) -> None:

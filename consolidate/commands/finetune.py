@@ -125,7 +125,7 @@ def _dry_run(options: FinetuneOptions, cut: ProcessGroup | None) -> FinetuneDryR
     source, measured = plan.opened.source, measured_folder(plan.target)
     # Each process reads for itself, so that none waits for one that is refused.
     work = KeptWork(plan.target, lambda: plan.description, every=math.inf, result_bytes=0)
-    report_refused(plan.check_target, *[] if options.saving.restart else [work.start])
+    report_refused(plan.check_target, *[] if options.saving.restart else [work.check])
     if options.measuring.measure:
         plan_alone(_asked_for_last(plan), source, plan.opened.before, measured)
     penalty = options.penalty.penalty

@@ -118,7 +118,7 @@ class Interpolator:
                 with signals.waiting(all_processes() is not None):
                     while (one := self._next()) is not None:
                         self.state["trials"].append(asdict(self._trial(one)))
-                        for name, tensor in values.items():
+                        for name, tensor in values_of(module, frozen=False).items():
                             tensor.copy_(trained[name])
                         work.settle()
                         if work.due:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch.distributed import ProcessGroup
 
 from consolidate.chain.claims import claiming, refuse_changed
@@ -65,7 +64,6 @@ from formats.errors import ConsolidateError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_intact, read_fisher
 from formats.fisher_json import Generated, Ledger, TaskRecord, read_ledger
 from formats.hub import commits_of
-from formats.tensors import dtype_of
 
 LOG = logging.getLogger("consolidate")
 
@@ -233,15 +231,11 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples | TextP
     objective = options.source.objective or plan.task_file.objective
     if pending is not None and objective is None:
         objective = pending.objective
-    dtype = dtype_of_name(options.dtype)
-    if dtype is None and torch.float16 in {dtype_of(source.weights, n) for n in source.weights}:
-        LOG.info("the weights are float16, in which small gradients are 0: measuring in float32")
-        dtype = torch.float32
     model = load(
         source,
         objective=objective,
         factory=options.source.model,
-        dtype=dtype,
+        dtype=dtype_of_name(options.dtype),
         device="cpu" if cut else device,
         freeze=options.parameters.freeze,
         gradient_checkpointing=options.parameters.gradient_checkpointing,

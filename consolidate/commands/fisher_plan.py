@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from consolidate.chain.elsewhere import Origin, open_origin, refuse_untrained
 from consolidate.chain.factors import check_continued, check_structure, settled_structure
 from consolidate.chain.fingerprint import Inputs
@@ -17,7 +19,7 @@ from consolidate.chain.up_to_date import Output, find_output
 from consolidate.commands.generation_options import open_source, refuse_texts
 from consolidate.data.columns import columns_of
 from consolidate.options import Columns, FisherOptions, Merging
-from formats.atomic import partial_path
+from formats.atomic import partial_path, recover
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.checkpoint_files import check_link
 from formats.digest import json_digest
@@ -26,6 +28,7 @@ from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.fisher_json import TaskRecord, read_ledger
 from formats.hub import FISHER, VALUES, locate
 from formats.rows import file_digest
+from formats.tensors import dtype_of
 
 LOG = logging.getLogger("consolidate")
 
@@ -156,10 +159,12 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     With `again` it is not checked whether the output is up to date.
     """
     source = with_base(open_checkpoint(folder), options.source.base_model)
+    options = _in_float32(options, source)
     output = folder if options.output_dir is None else Path(options.output_dir)
     there = None if again or options.dry_run else find_output(output)
     task_file, rows = open_source(options)
     name = task_name(options.task or task_file.name, rows.name, None)
+    recover(folder / "fisher")
     last = None if options.after is not None else _last_task(folder)
     # In place, one that was measured since may be up to date.
     completes = last is not None and _completes(last, name, options, again=again)
@@ -248,6 +253,18 @@ def _settled_structure(
     if structure == "inputs" and not completes:
         check_continued(chain)
     return structure
+
+
+def _in_float32(options: FisherOptions, source: Checkpoint) -> FisherOptions:
+    """Measure float16 weights in float32 unless told, as small gradients are 0 in float16."""
+    whole = [source] if source.base is None else [source, source.base]
+    dtypes = [{dtype_of(one.weights, name) for name in one.weights} for one in whole]
+    floats = [{dtype for dtype in found if dtype.is_floating_point} for found in dtypes]
+    narrow = {torch.float16} in floats and torch.float64 not in set().union(*floats)
+    if options.dtype is not None or not narrow:
+        return options
+    LOG.info("the weights are float16, in which small gradients are 0: measuring in float32")
+    return replace(options, dtype="float32")
 
 
 def _last_task(folder: Path) -> TaskRecord | None:

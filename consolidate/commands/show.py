@@ -33,7 +33,7 @@ from formats.digest import TensorRecord, differences, set_digest
 from formats.errors import InputError, NetworkError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher, in_one_line, read_fisher
 from formats.fisher_json import FORMAT, Ledger, covered, needed_version, read_ledger
-from formats.hub import FISHER, commits_of, locate, remote_headers
+from formats.hub import FISHER, commits_of, find_local, locate, remote_headers
 from formats.hub_errors import AccessError
 
 LOG = logging.getLogger("consolidate")
@@ -99,7 +99,7 @@ def show(options: ShowOptions) -> ShowResult:
 
 def _opened(checkpoint: str | Path, revision: str | None) -> tuple[Path, Ledger, Measured]:
     """Read the ledger, and measure the Fisher where all of it is there."""
-    if not Path(checkpoint).expanduser().exists():
+    if not find_local(checkpoint).exists():
         folder, ledger = _remote_ledger(checkpoint, revision)
         return folder, ledger, _recorded(ledger)
     folder = locate(checkpoint, revision)

@@ -140,7 +140,7 @@ def remeasure_statistics(
             norm.momentum = momentum
             if count is not None and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.copy_(count)
-    _average_statistics(model, group, seen)
+    _average_statistics(norms, group, seen)
 
 
 def _not_alone(batches: Iterable[Pair]) -> Iterator[Pair]:
@@ -229,7 +229,8 @@ def training_steps(
     if recipe.norm_statistics != "update":
         freeze_statistics(model)
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    norms = [m for m in with_statistics(model) if isinstance(m, kinds) and m.training]
+    tracking = [m for m in with_statistics(model) if m.training]
+    norms = [m for m in tracking if isinstance(m, kinds)]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     place, sharded = place_of(model), is_sharded(model)
     scaler = scaler or torch.amp.GradScaler(place.device.type, enabled=False)
@@ -277,7 +278,7 @@ def training_steps(
         scaler.step(optimizer)
         scaler.update()
         if recipe.norm_statistics == "update":
-            _average_statistics(model, group, sum(len(labels) for _, labels in parts))
+            _average_statistics(tracking, group, sum(len(labels) for _, labels in parts))
         if scaler.get_scale() >= scale:  # a lowered scale means the scaler skipped this step
             if proximal is not None:
                 penalty_value = proximal.proximal_step_and_value_(optimizer).item()
@@ -351,15 +352,17 @@ def _make_dense(parameters: Iterable[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def _average_statistics(model: nn.Module, group: ProcessGroup | None, weight: float) -> None:
+def _average_statistics(
+    layers: Sequence[nn.Module], group: ProcessGroup | None, weight: float
+) -> None:
     """Give every process the mean of the running statistics that each took of its own share.
 
     `weight` is what this process's count in the mean: its rows.
     """
-    if group is None:
+    if group is None or not layers:
         return
     (total,) = summed(group, weight)
-    for module in with_statistics(model):
+    for module in layers:
         statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         for buffer in statistics:
             buffer *= weight

@@ -492,8 +492,8 @@ def strike(children: Sequence[int], command: Command, random: Random) -> tuple[s
     stopped = {-signal.SIGKILL} if number is signal.SIGKILL else terminated
     wrong = []
     for child, code in zip(children, codes, strict=True):
-        # 1: the other process of the same run is gone; 3: another command has claimed the output.
-        usual = {0, 3} if command.twice else {0, 1, *terminated} if command.processes > 1 else {0}
+        # 1: the other process of the same run is gone; 75: another command has claimed the output.
+        usual = {0, 75} if command.twice else {0, 1, *terminated} if command.processes > 1 else {0}
         if child in hit:
             usual |= stopped
         if code is None:
@@ -522,7 +522,7 @@ def one_round(command: Command, number: int, seed: int, whole: Whole, pace: floa
             codes = wait_for_moment(children, folder, whole, random, longer)
             running = [child for child, code in zip(children, codes, strict=True) if code is None]
             if not running:
-                code = max(code or 0 for code in codes if code != 3 or not command.twice)
+                code = max(code or 0 for code in codes if code != 75 or not command.twice)
                 break
             name, wrong = strike(running, command, random)
             differences += wrong

@@ -1,6 +1,7 @@
 """A Fisher from elsewhere is compared with the checkpoint that it is used for."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import torch
 import transformers
 
 import consolidate
-from consolidate.chain.opening import stored_fisher
+from consolidate.api import evaluate, show, verify
+from consolidate.chain.opening import find_fisher, stored_fisher
 from formats.checkpoint import open_checkpoint
+from formats.hub import locate
 from support import tiny_models
+from support.checkpoints import Write
+from support.networks import NETWORK
 from support.tiny_models import change_config
 
 
@@ -81,3 +86,25 @@ def test_a_fisher_is_not_compared_with_a_config_that_is_not_its_own(
     apart = shutil.copytree(measured / "fisher", measured.parent / "apart")
     stored_fisher(apart, open_checkpoint(measured))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("moved", ["", "fisher"])
+def test_what_a_killed_command_moved_away_is_found_by_those_that_read(
+    network_checkpoint: Path, write_task: Write, moved: str
+) -> None:
+    """As after a kill between the two renames, where folders cannot be exchanged."""
+    data = write_task("old")
+    consolidate.fisher(network_checkpoint, data, **NETWORK)
+    factory = NETWORK["model"]
+    readers: list[Callable[[], Any]] = [
+        lambda: show(network_checkpoint),
+        lambda: evaluate(network_checkpoint, data, model=factory),
+        lambda: verify(network_checkpoint),
+        lambda: find_fisher(locate(network_checkpoint), None),
+        lambda: find_fisher(network_checkpoint.parent, network_checkpoint),
+    ]
+    target = network_checkpoint / moved if moved else network_checkpoint
+    for read in readers:
+        target.rename(target.with_name(f".{target.name}.consolidate-old"))
+        assert read()
+        assert target.is_dir()

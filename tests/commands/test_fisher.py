@@ -632,9 +632,7 @@ def test_a_pass_goes_on_where_it_cannot_be_kept(
     caplog.set_level("INFO", "consolidate")
     result = consolidate.fisher(network_checkpoint, write_task("old"), **LONG)
     assert result["examples"] == 60
-    assert (
-        caplog.text.count("cannot be saved, and the pass continues without: the disk is full") == 1
-    )
+    assert caplog.text.count("cannot be saved, and the pass continues: the disk is full") == 1
 
 
 def test_a_tolerance_reads_in_random_order(network_checkpoint: Path, write_task: Write) -> None:

@@ -6,6 +6,7 @@ import pytest
 import consolidate.commands.finetune
 from consolidate.api import finetune, verify
 from consolidate.chain.output import failed_folder
+from consolidate.commands import finetune_plan
 from consolidate.commands.finetune_plan import plan_finetune
 from consolidate.fields import gather
 from consolidate.options import FinetuneOptions
@@ -137,3 +138,13 @@ def test_a_benchmark_is_measured_beside_the_old_task_and_not_in_its_place(
     given |= {"validation": {"a": write_task("held")}}
     given |= {"evaluate": {"bench": f"lm-eval:{tmp_path / 'bench.yaml'}"}}
     assert plan_finetune(gather(FinetuneOptions, given)).evaluate.keys() == {"a", "bench"}
+
+
+def test_a_mount_point_has_no_place_for_a_failed_run(
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(finetune_plan, "is_mount", lambda path: path == out)
+    options = {**FAST, "ewc_lambda": 1.0, "evaluate": {"a": tmp_path / "a.npz"}}
+    with pytest.raises(InputError, match=f"{out} is a mount point, and --max-forgetting"):
+        finetune(learned, write_task("b", seed=1), output_dir=out, max_forgetting=0.5, **options)

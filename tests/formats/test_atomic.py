@@ -16,9 +16,11 @@ from formats import atomic
 from formats.atomic import (
     _exchange,
     check_file,
+    check_leavings,
     check_target,
     claimed,
     claimed_in_place,
+    has_content,
     partial_path,
     recover,
     replace_folder,
@@ -26,7 +28,8 @@ from formats.atomic import (
     write_file,
 )
 from formats.disk_errors import explain_full_disk, final_path
-from formats.errors import InputError
+from formats.errors import BusyError, InputError
+from formats.locks import Lock
 
 
 def fill(folder: Path, tag: str) -> None:
@@ -258,7 +261,8 @@ RACE = """
 import os, sys, time
 from pathlib import Path
 from formats.atomic import recover, replace_folder
-from formats.errors import InputError
+from formats.errors import BusyError, InputError
+from formats.locks import Lock
 
 target, done = Path(sys.argv[1]), Path(sys.argv[2])
 children = []
@@ -523,13 +527,35 @@ def test_folders_need_not_be_synced_where_the_file_system_does_not(tmp_path, mon
 
 @pytest.mark.parametrize("left", [".out.consolidate-new", ".out.consolidate-old"])
 def test_what_cannot_be_settled_is_refused_before_the_work(tmp_path, monkeypatch, left):
+    (tmp_path / "out").mkdir()
     (tmp_path / left).mkdir()
-    with claimed(tmp_path / "out"):  # a killed run left it, which the locks show
-        pass
+    check_leavings(tmp_path / "out")  # a killed run left it, which the lock shows
+    assert os.listdir(tmp_path) == ["out"]
     (tmp_path / left).mkdir()
-    monkeypatch.setattr(atomic, "recover", lambda target: None)  # as where there are no locks
+    with open(tmp_path / ".out.consolidate-lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BusyError, match="another process is writing this folder"):
+            check_leavings(tmp_path / "out")
+    monkeypatch.setattr(atomic, "lock_soon", lambda path, cleanup: Lock.UNKNOWN)
+    with pytest.raises(InputError, match=f"{left} was left by another run; remove it"):
+        check_leavings(tmp_path / "out")
+
+
+def test_what_a_file_system_keeps_of_a_removed_file_is_no_content(tmp_path):
+    (tmp_path / ".nfs0000000000a1b2c300000001").write_text("")
+    (tmp_path / ".fuse_hidden0000000100000002").write_text("")
+    assert not has_content(tmp_path)
+    (tmp_path / ".nfs-export.conf").write_text("a person's")
+    assert has_content(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every file")
+def test_the_claim_of_another_user_is_named(tmp_path):
+    claim = tmp_path / ".out.consolidate-claim"
+    claim.touch()
+    claim.chmod(0)
     with (
-        pytest.raises(InputError, match=f"{left} was left by another run"),
+        pytest.raises(InputError, match=f"{claim} was left by another user"),
         claimed(tmp_path / "out"),
     ):
         pytest.fail("the block must not run")
