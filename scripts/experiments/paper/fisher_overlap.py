@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from consolidate.ewc.overlap import layer_overlaps
+from scripts.experiments.lib.common import markdown
 from scripts.experiments.lib.continual import (
     Method,
     fisher_of,
@@ -169,11 +170,9 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             for layer, value in enumerate(record.figures["overlaps"], 1)
         ],
     )
-    table = [
-        "| permuted | " + " | ".join(f"layer {i}" for i in range(1, layers)) + " | output | "
-        "accuracy on the first / second |",
-        "| --- |" + " ---: |" * (layers + 1),
-    ]
+    each = [f"layer {i}" for i in range(1, layers)]
+    header = ["permuted", *each, "output", "accuracy on the first / second"]
+    table = []
     for side, values in overlaps.items():
         cells = []
         for column in values.T:
@@ -181,9 +180,10 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             cells.append(f"{one.value:.3f}" + (f" ± {one.error:.3f}" if one.seeds > 1 else ""))
         accuracies = np.array([record.figures["accuracies"] for record in done[side]]).mean(0)
         cells.append(" / ".join(f"{value:.2%}" for value in accuracies))
-        table.append("| " + " | ".join([f"{side} × {side}", *cells]) + " |")
+        table.append([f"{side} × {side}", *cells])
     settings = done[SQUARES[0]][0].unit.settings
-    text = TEXT.format(**settings, epochs=f"{settings['steps'] / 215:g}", table="\n".join(table))
+    epochs = f"{settings['steps'] / 215:g}"
+    text = TEXT.format(**settings, epochs=epochs, table=markdown(header, table))
     return Findings(text.strip(), rows)
 
 

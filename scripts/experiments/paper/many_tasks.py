@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scripts.experiments.lib.common import markdown
 from scripts.experiments.lib.continual import (
     Method,
     Network,
@@ -264,16 +265,13 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
 
 def _table(lines: dict[str, dict[int, list[float]]], tasks: int) -> str:
     shown = [count for count in (1, 2, 3, 5, 6, 8, 10) if count <= tasks]
-    text = [
-        "| tasks seen | " + " | ".join(map(str, shown)) + " | seeds |",
-        "| --- |" + " ---: |" * (len(shown) + 1),
-    ]
+    found = []
     for title, points in lines.items():
         if points:
             cells = [f"{np.mean(points[n]):.2%}" if n in points else "–" for n in shown]
             seeds = min(len(values) for values in points.values())
-            text.append("| " + " | ".join([title, *cells, str(seeds)]) + " |")
-    return "\n".join(text)
+            found.append([title, *cells, str(seeds)])
+    return markdown(["tasks seen", *map(str, shown), "seeds"], found)
 
 
 def _searches(unit: Unit) -> bool:
@@ -281,10 +279,7 @@ def _searches(unit: Unit) -> bool:
 
 
 def _search(records: Sequence[Record]) -> str:
-    text = [
-        "| | draws | learning rate | width | λ | validation |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines = []
     for title in KINDS:
         if found := chosen(records, method=f"search: {title}"):
             one = best(found)
@@ -293,11 +288,12 @@ def _search(records: Sequence[Record]) -> str:
             rate = settings["learning_rate"]
             lowest = min(record.unit.settings["learning_rate"] for record in found)
             at_end = ", the lowest drawn" * (rate == lowest)
-            text.append(
-                f"| {title} | {len(found)} | {rate:g}{at_end} | "
-                f"{settings['sizes'][1]} | {strength} | {one.figures['validation']:.2%} |"
-            )
-    return "\n".join(text)
+            width, validation = settings["sizes"][1], one.figures["validation"]
+            lines.append([
+                title, str(len(found)), f"{rate:g}{at_end}", str(width), strength,
+                f"{validation:.2%}",
+            ])  # fmt: skip
+    return markdown(["", "draws", "learning rate", "width", "λ", "validation"], lines)
 
 
 def _draw(lines: dict[str, dict[int, list[float]]], folder: Path) -> None:

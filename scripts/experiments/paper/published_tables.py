@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from scripts.experiments.lib.common import markdown
 from scripts.experiments.lib.continual import (
     Method,
     Network,
@@ -315,7 +316,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             rows.append(row)
             penalised = done and title in setting.strengths
             strength = f"{done[0].unit.settings['ewc_lambda']:g}" if penalised else "–"
-            table.append(f"| {row.figure} | {strength} | {row.here} | {row.published} |")
+            table.append([row.figure, strength, row.here, row.published])
     if not any(found.values()):
         return Findings("", rows)
     _draw(found, folder)
@@ -331,9 +332,8 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             for j, value in enumerate(line)
         ],
     )
-    header = ["| | λ | here | published |", "| --- | ---: | ---: | ---: |"]
     text = TEXT.format(
-        table="\n".join(header + table),
+        table=markdown(["", "λ", "here", "published"], table),
         ten=TEN,
         split=SPLIT,
         incremental=INCREMENTAL,

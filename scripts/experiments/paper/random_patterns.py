@@ -18,6 +18,7 @@ from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.ewc.fisher_merging import merge_online
 from consolidate.ewc.penalty import Penalty
+from scripts.experiments.lib.common import markdown
 from scripts.experiments.lib.pictures import COLOURS, panels, save_picture, write_csv
 from scripts.experiments.lib.records import Experiment, Figures, Findings, Record, Row, Unit, signed
 from scripts.experiments.lib.sittings import main
@@ -323,13 +324,14 @@ def _slope_row(
 def _agreement(
     agreement: dict[str, dict[str, tuple[float, float]]], worst: float, near: float
 ) -> str:
-    lines = ["| | signal | noise | SNR |", "| --- | ---: | ---: | ---: |"]
-    for method, found in agreement.items():
-        cells = [f"{z:.2f} ({share:.2%})" for z, share in found.values()]
-        lines.append("| " + " | ".join([method, *cells]) + " |")
+    lines = [
+        [method, *(f"{z:.2f} ({share:.2%})" for z, share in found.values())]
+        for method, found in agreement.items()
+    ]
     return (
         "Largest deviation over all times in Monte Carlo standard errors, and in brackets the "
-        "largest relative deviation where that error is below 1 %:\n\n" + "\n".join(lines)
+        "largest relative deviation where that error is below 1 %:\n\n"
+        + markdown(["", "signal", "noise", "SNR"], lines)
     )
 
 

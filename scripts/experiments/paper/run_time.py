@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
 from consolidate.training.loop import seeded
+from scripts.experiments.lib.common import markdown
 from scripts.experiments.lib.networks import mlp
 from scripts.experiments.lib.pictures import COLOURS, panels, save_picture, write_csv
 from scripts.experiments.lib.records import (
@@ -185,10 +186,7 @@ def exponents(sizes: Sequence[float], rounds: Sequence[Sequence[float]]) -> list
 
 def report(records: Sequence[Record], folder: Path) -> Findings:
     """Draw the times, and give the exponents."""
-    rows, table = [], [
-        "| | exponent of the Fisher | of forward and backward | ratio at the largest |",
-        "| --- | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    rows, table = [], []
     for against, network in SIZES:
         figure = f"run time: exponent of time against {against}, {network}"
         row = Row(figure, "1 (linear)")
@@ -204,7 +202,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             )
             ratio = np.median(np.array(found[FISHER])[:, -1] / np.array(found[TRAINING])[:, -1])
             cells = [f"{one.value:.2f} ± {one.error:.2f}" for one in fitted.values()]
-            table.append(f"| {against}, {network} | {' | '.join(cells)} | {ratio:.2f} |")
+            table.append([f"{against}, {network}", *cells, f"{ratio:.2f}"])
         rows.append(row)
     if not records:
         return Findings("", rows)
@@ -221,9 +219,10 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             for i, n in enumerate(record.figures["n"])
         ],
     )
+    header = ["", "exponent of the Fisher", "of forward and backward", "ratio at the largest"]
     text = TEXT.format(
         rounds=records[0].unit.settings["rounds"],
-        table="\n".join(table),
+        table=markdown(header, table),
         batches=BATCHES,
         tokens=TOKENS,
         images=BATCH[EXAMPLES, MLP],

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from scripts.experiments.lib.common import markdown
 from scripts.experiments.lib.continual import (
     Method,
     Network,
@@ -220,7 +221,7 @@ def _bars(behind: Mapping[str, Any]) -> str:
 
 
 def _table(done: dict[str, list[Record]]) -> str:
-    lines = ["| after C | A | B | C | mean |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = []
     for title, found in done.items():
         if not found:
             continue
@@ -229,9 +230,8 @@ def _table(done: dict[str, list[Record]]) -> str:
         values.append(mean([sum(row) / len(row) for row in last]))
         strength = found[0].unit.settings["ewc_lambda"]
         name = title + (f", λ = {strength:g}" if strength else "")
-        cells = [_percent(value) for value in values]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([name, *map(_percent, values)])
+    return markdown(["after C", "A", "B", "C", "mean"], lines)
 
 
 def _percent(value: Mean) -> str:
@@ -240,14 +240,12 @@ def _percent(value: Mean) -> str:
 
 
 def _search(records: Sequence[Record]) -> str:
-    lines = ["| penalty | λ | validation |", "| --- | ---: | ---: |"]
+    lines = []
     for record in records:
-        settings = record.unit.settings
-        lines.append(
-            f"| {PENALTIES[settings['penalty']]} | {settings['ewc_lambda']:g} | "
-            f"{record.figures['validation']:.2%} |"
-        )
-    return "\n".join(lines)
+        penalty, strength = (record.unit.settings[key] for key in ("penalty", "ewc_lambda"))
+        validation = f"{record.figures['validation']:.2%}"
+        lines.append([PENALTIES[penalty], f"{strength:g}", validation])
+    return markdown(["penalty", "λ", "validation"], lines)
 
 
 def _draw(done: dict[str, list[Record]], folder: Path) -> None:

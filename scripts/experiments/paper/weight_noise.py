@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scripts.experiments.lib.common import markdown
 from scripts.experiments.lib.continual import (
     Method,
     fisher_of,
@@ -189,12 +190,9 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
         ],
     )
     table = [
-        "| noise | none | " + " | ".join(f"{size:.3g}" for size in sizes) + " |",
-        "| --- |" + " ---: |" * (len(sizes) + 1),
+        [kind, *(f"{value:.1%}" for value in (clean, *values.mean(0)))]
+        for kind, values in found.items()
     ]
-    for kind, values in found.items():
-        cells = [f"{value:.1%}" for value in (clean, *values.mean(0))]
-        table.append("| " + " | ".join([kind, *cells]) + " |")
     text = TEXT.format(
         **records[0].unit.settings,
         share=float(np.mean([record.figures["null share"] for record in records])),
@@ -205,7 +203,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
         more=_at(more),
         null_less=_at(null_less),
         null_more=_at(null_more),
-        table="\n".join(table),
+        table=markdown(["noise", "none", *(f"{size:.3g}" for size in sizes)], table),
         half=f"{halves[UNIFORM]} (uniform), {halves[SHAPED]} (shaped), {halves[NULL]} (null space)",
     )
     return Findings(text.strip(), rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scripts.experiments.lib.common import markdown
 from scripts.experiments.lib.continual import (
     SQUARED_BATCH,
     Method,
@@ -46,6 +47,7 @@ BASE = Method(
 )  # fmt: skip
 WITHIN = 0.005  # of the best accuracy
 PUBLISHED = {"exact": 0.9912, "mc": 0.9912, "empirical": 0.9912, SQUARED_BATCH: 0.9911}
+HEADER = ["", "batch", "trace", "best λ", "accuracy there", "λ that is enough", "by seed"]
 TEXT = """
 Split MNIST, a head for each task: five pairs of digits, a network 784–400–400–10 of which each
 task uses its two outputs, inputs standardised, {steps} steps of {batch_size} a task with Adam at
@@ -129,11 +131,7 @@ def _first(data: str, method: Method, seed: int) -> Network:
 
 def report(records: Sequence[Record], folder: Path) -> Findings:
     """Draw accuracy against λ, and say how far the best λ moves with the batch."""
-    rows, falls = [], []
-    table = [
-        "| | batch | trace | best λ | accuracy there | λ that is enough | by seed |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows, falls, table = [], [], []
     figure, axes = panels(len(ESTIMATORS), width=3, sharey=True)
     sizes = sorted({record.unit.settings["fisher_batch"] for record in records}) or list(BATCHES)
     for estimator, axis in zip(ESTIMATORS, axes, strict=True):
@@ -163,11 +161,11 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
             falls.append(values[best].value - values[-1].value)
             traces.append(float(np.mean([record.figures["trace"] for record in found])))
             bests.append((enough, values[best].value))
-            table.append(
-                f"| {estimator} | {size} | {traces[-1]:.3g} | {strengths[best]:g} | "
-                f"{values[best].value:.2%} ± {100 * errors[best]:.2f} | {_two_digits(enough)} | "
-                f"{_by_seed(found, strengths)} |"
-            )
+            table.append([
+                estimator, str(size), f"{traces[-1]:.3g}", f"{strengths[best]:g}",
+                f"{values[best].value:.2%} ± {100 * errors[best]:.2f}", _two_digits(enough),
+                _by_seed(found, strengths),
+            ])  # fmt: skip
         axis.set_title(estimator, fontsize="small")
         axis.set_xscale("log")
         axis.set_xlabel("λ")
@@ -205,7 +203,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
         **records[0].unit.settings,
         small=sizes[0],
         large=sizes[-1],
-        table="\n".join(table),
+        table=markdown(HEADER, table),
         seeds=len({record.unit.seed for record in records}),
         low=100 * min(falls),
         high=100 * max(falls),

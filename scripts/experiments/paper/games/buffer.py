@@ -21,8 +21,8 @@ class Transitions(NamedTuple):
 class Buffer:
     """A ring of transitions for each of several copies of a game, which step together.
 
-    The state at a step is the frames up to it, blank before the first of an episode; the next state
-    is that of the step after it. So the newest step of a copy is no transition yet.
+    The state at a step is the frames up to it, blank before the first of an episode or after a cut;
+    the next state is that of the step after it. So the newest step of a copy is no transition yet.
     """
 
     def __init__(self, capacity: int, copies: int, shape: tuple[int, int, int], history: int):
@@ -70,16 +70,16 @@ class Buffer:
 
         Args:
             frames: What each showed, (copies, channels, height, width).
-            fresh: Whether that was the first frame of an episode, or the first after a cut.
+            fresh: Whether that was the first frame of an episode, (copies,).
             actions: What was done, (copies,).
             rewards: What came of it, (copies,).
             ended: Whether the episode ended with it, (copies,).
         """
         at = self._count % self._length
-        before = self._age[at - 1] if self._count else self._age[at]
+        begins = fresh | self._cut[at - 1] | (self._count == 0)
         self._frames[at], self._cut[at] = frames, False
         self._actions[at], self._rewards[at], self._ended[at] = actions, rewards, ended
-        self._age[at] = np.where(fresh, 0, np.minimum(before + 1, self._history))
+        self._age[at] = np.where(begins, 0, np.minimum(self._age[at - 1] + 1, self._history))
         self._count += 1
 
     def cut(self) -> None:

@@ -154,8 +154,6 @@ class Copies:
         fresh: Which copies are at the first frame of an episode.
         states: Their last frames, the newest last, (copies, history · channels, height, width);
             blank before the first of an episode.
-        returns: The undiscounted rewards of the episodes that are under way.
-        finished: Those of the episodes that ended.
     """
 
     def __init__(self, games: Sequence[Game], history: int):
@@ -168,8 +166,6 @@ class Copies:
         self.frames = np.stack([game.reset() for game in self._games])
         self.fresh = np.ones(len(self._games), bool)
         self.states = np.zeros_like(self.frames).repeat(self._history, 1)
-        self.returns = [0.0] * len(self._games)
-        self.finished: list[float] = []
         self._see()
 
     def act(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -178,10 +174,7 @@ class Copies:
         ended = np.empty(len(self._games), bool)
         for i, (game, action) in enumerate(zip(self._games, actions.tolist(), strict=True)):
             frame, rewards[i], ended[i] = game.act(action)
-            self.returns[i] += float(rewards[i])
             if ended[i]:
-                self.finished.append(self.returns[i])
-                self.returns[i] = 0.0
                 frame = game.reset()
             self.frames[i] = frame
         self.fresh = ended.copy()

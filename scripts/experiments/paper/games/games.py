@@ -49,6 +49,7 @@ from scripts.experiments.paper.games.protocol import (
     measure_single,
     settings_of,
 )
+from scripts.experiments.paper.games.recogniser import Recognising
 
 NAME, ATARI_NAME = "games", "games-atari"
 SEEDS = 3
@@ -85,8 +86,6 @@ SMALL = replace(
     learning=Learning(least=100, epsilon_steps=200, target_updates=20),
     fisher_batches=2,
     least_steps=100,
-    window=4,
-    contexts=4,
     looks=4,
     look_copies=2,
     look_steps=20,
@@ -94,6 +93,7 @@ SMALL = replace(
     noise=(0.01, 0.1),
     noise_draws=1,
 )
+SHORT = Recognising(window=4, alike=2.0, most=4)
 ATARI_BASE = Settings(
     suite=ATARI,
     view=GREY,
@@ -107,9 +107,6 @@ ATARI_BASE = Settings(
         epsilon_steps=1_000_000,
     ),
     ewc_lambda=400.0,
-    window=4,
-    joined=False,
-    prior=16.0,
     looks=300,
     look_steps=4500,
     random_copies=30,
@@ -117,11 +114,13 @@ ATARI_BASE = Settings(
 MACHINERY = replace(
     ATARI_BASE, games=("breakout", "pong"), visits=2, stretch=1200, capacity=4000,
     learning=replace(ATARI_BASE.learning, least=200, epsilon_steps=1000), fisher_batches=10,
-    least_steps=500, contexts=4, looks=2, look_copies=2, look_steps=100,
+    least_steps=500, looks=2, look_copies=2, look_steps=100,
+    recognising=Recognising(window=16, most=4),
 )  # fmt: skip
 SMALL_ATARI = replace(
     MACHINERY, stretch=24, capacity=100, fisher_batches=1, least_steps=12, look_copies=1,
     look_steps=5, learning=replace(MACHINERY.learning, least=12, epsilon_steps=50), hidden=32,
+    recognising=Recognising(window=2, most=4),
 )  # fmt: skip
 
 
@@ -170,6 +169,8 @@ def _units(records: Sequence[Record], quick: bool) -> list[Unit]:
                 if chosen is None:
                     continue
                 one = replace(one, ewc_lambda=chosen.ewc_lambda, likelihood=chosen.likelihood)
+            if method == RECOGNISED:
+                one = replace(one, recognising=SHORT if quick else Recognising())
             units += [_unit(method, one, seed) for seed in range(seeds)]
     return units
 
@@ -232,8 +233,9 @@ def plan_atari(records: Sequence[Record], quick: bool) -> list[Unit]:
     singles = [
         _unit(SINGLE, replace(ATARI_BASE, games=(game,)), 0, ATARI_NAME) for game in GAMES[ATARI]
     ]
-    rows = [_unit(method, ATARI_BASE, 0, ATARI_NAME) for method in ATARI_ROWS]
-    return singles + rows
+    known = [_unit(method, ATARI_BASE, 0, ATARI_NAME) for method in (NONE, EWC)]
+    one = replace(ATARI_BASE, recognising=Recognising())
+    return [*singles, *known, _unit(RECOGNISED, one, 0, ATARI_NAME)]
 
 
 def cost(unit: Unit) -> float:

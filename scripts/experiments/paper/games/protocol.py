@@ -2,13 +2,13 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from consolidate.estimation.fisher_diagonal import fisher_diagonal
@@ -31,6 +31,8 @@ from scripts.experiments.paper.games.environments import (
 )
 from scripts.experiments.paper.games.recogniser import (
     Recogniser,
+    Recognising,
+    fit,
     highest_channel,
     pixels_of,
     recognition,
@@ -71,16 +73,13 @@ class Settings:
     fisher_batches: int = 100
     fisher_states: int = 32
     least_steps: int = 2000  # in a context since its Fisher was measured, to measure it again
-    window: int = 16
-    joined: bool = True  # whether a window is one frame to the recogniser
-    prior: float = 1.0  # frames
-    contexts: int = 20  # at most, of the recogniser
     looks: int = 60
     look_copies: int = 10
     look_steps: int = 500  # of an episode, at most
     random_copies: int = 200  # episodes of random actions
     noise: tuple[float, ...] = ()  # sizes of weight noise on an agent of a single game
     noise_draws: int = 3
+    recognising: Recognising | None = None  # of the recogniser, where there is one
 
 
 def settings_of(settings: Settings) -> dict[str, Any]:
@@ -98,6 +97,7 @@ def from_record(values: dict[str, Any]) -> Settings:
             "noise": tuple(own["noise"]),
             "convolutions": tuple(tuple(layer) for layer in own["convolutions"]),
             "learning": Learning(**own["learning"]),
+            "recognising": own["recognising"] and Recognising(**own["recognising"]),
         }
     )
 
@@ -163,52 +163,45 @@ class Tempered(nn.Module):
 
 
 class Recognised:
-    """What was played and what was taken for it, at each frame that recognisers have seen."""
+    """What was played and what was taken for it, at each step that recognisers have seen."""
 
     def __init__(self, settings: Settings):
         """Begin with the recogniser that the agent follows, and others that only watch."""
-
-        def new(view: str, window: int) -> Recogniser:
-            shape = VIEWS[view].shape
-            pixels = pixels_of(np.zeros(shape, np.uint8), view).size
-            return Recogniser(
-                pixels,
-                values_of(view),
-                window=window,
-                prior=settings.prior,
-                most=settings.contexts,
-                joined=settings.joined,
-            )
-
-        self._view = settings.view
-        self.leading = new(settings.view, settings.window)
-        self._watching = {}
-        if settings.view != GREY:
-            name = f"{settings.view}, windows of 4"
-            self._watching[name] = (settings.view, new(settings.view, 4))
-        if settings.view == CHANNELS:
-            self._watching[OCCUPIED] = (OCCUPIED, new(OCCUPIED, settings.window))
-        self._last: list[Frame] = []
-        self._window = settings.window
+        assert settings.recognising is not None
+        self._recognising = settings.recognising
+        self._view = view = settings.view
+        self.leading = _recogniser(view, self._recognising)
+        self._watching: dict[str, tuple[str, slice, Recogniser]] = {}
+        self._found: dict[str, list[int]] = {view: []}
+        if view != GREY:
+            self._watch(f"{view}, one copy", view, slice(1))
+            self._found[f"{view}, highest channel in use"] = []
+        if view == CHANNELS:
+            self._watch(OCCUPIED, OCCUPIED, slice(None))
+        self._highest: deque[int] = deque(maxlen=self._recognising.window)
         self._games: list[int] = []
-        self._found: dict[str, list[int]] = {settings.view: [], **{n: [] for n in self._watching}}
-        if settings.view != GREY:
-            self._found[f"{settings.view}, highest channel in use"] = []
 
-    def observe(self, frame: Frame, game: int) -> int:
-        """Take in a frame, (channels, height, width), and return the context."""
-        self.leading.observe(pixels_of(frame, self._view))
+    def _watch(self, name: str, view: str, copies: slice) -> None:
+        self._watching[name] = view, copies, _recogniser(view, self._recognising)
+        self._found[name] = []
+
+    def observe(self, frames: Frame, game: int) -> bool:
+        """Take in what all copies show, (copies, channels, height, width).
+
+        Returns:
+            Whether a window has ended, and with it the context may be another.
+        """
+        ended = self.leading.observe(pixels_of(frames, self._view))
         self._games.append(game)
         self._found[self._view].append(self.leading.context)
-        for name, (view, one) in self._watching.items():
-            seen = frame.max(0, keepdims=True) if view != self._view else frame
-            one.observe(pixels_of(seen, view))
+        for name, (view, copies, one) in self._watching.items():
+            seen = frames.max(1, keepdims=True) if view != self._view else frames
+            one.observe(pixels_of(seen[copies], view))
             self._found[name].append(one.context)
         if self._view != GREY:
-            self._last = [*self._last[1 - self._window :], frame.copy()]
-            found = highest_channel(np.stack(self._last))
-            self._found[f"{self._view}, highest channel in use"].append(found)
-        return self.leading.context
+            self._highest.append(highest_channel(frames))
+            self._found[f"{self._view}, highest channel in use"].append(max(self._highest))
+        return ended
 
     def figures(self, steps: int) -> Figures:
         """Return how well each did, and when the agent's context changed."""
@@ -221,6 +214,11 @@ class Recognised:
             },
             "contexts": [[i * steps, int(contexts[i])] for i in changes],
         }
+
+
+def _recogniser(view: str, recognising: Recognising) -> Recogniser:
+    pixels = pixels_of(np.zeros(VIEWS[view].shape, np.uint8), view).size
+    return Recogniser(pixels, values_of(view), recognising)
 
 
 class Run:
@@ -236,7 +234,9 @@ class Run:
         """
         self.settings, self.method, self.seed = settings, method, seed
         self.view = VIEWS[settings.view]
-        slots = settings.contexts if method == RECOGNISED else len(settings.games)
+        recognising = settings.recognising
+        assert (recognising is not None) == (method == RECOGNISED)
+        slots = len(settings.games) if recognising is None else recognising.most
         with seeded(seed):
             network = Network(
                 self.view,
@@ -253,14 +253,14 @@ class Run:
             )
             for game in range(len(settings.games))
         ]
-        self.recognised = Recognised(settings) if method == RECOGNISED else None
+        self.recognised = None if recognising is None else Recognised(settings)
         self.contexts: dict[int, Context] = {}
         self.context = -1
         self.steps = 0
         self.looks: list[list[float]] = []
         self.switches: list[dict[str, Any]] = []  # at each: what was measured, and what holds
         self.seconds = {"looks": 0.0, "Fisher": 0.0}
-        self._begun = True  # whether what is shown now follows on nothing that is remembered
+        self._waiting: list[tuple[Any, ...] | None] = []  # steps of no context yet; None: a cut
 
     def _game(self, game: int, seed: Sequence[int]) -> Any:
         number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0] >> 1)
@@ -269,24 +269,22 @@ class Run:
     def play(self, stretches: Sequence[Stretch]) -> None:
         """Play all stretches, with looks at the scores from time to time."""
         for game, steps in stretches:
-            self._cut()
             self.games[game].restart()
+            self._waiting.append(None)
             if self.recognised is None:
                 self._enter(game)
             for _ in self._looking(steps):
                 self._step(game)
-                if self.recognised is not None:
-                    self._enter(self.recognised.observe(self.games[game].frames[0], game))
+        self._keep()
         self._remember()
 
     def play_jointly(self, steps: int) -> None:
         """Play all games in turn, a step of each, which makes their minibatches alternate."""
-        turns = len(self.games)
         for number in self._looking(steps):
-            game = number % turns
-            self.context = game
+            self.context = game = number % len(self.games)
+            if game not in self.contexts:
+                self.contexts[game] = self._new_context()
             self.agent.enter(game)
-            self._begun = number < turns
             self._step(game)
 
     def _looking(self, steps: int) -> Iterator[int]:
@@ -305,37 +303,47 @@ class Run:
         return max(self.settings.copies, whole // self.settings.looks)
 
     def _step(self, game: int) -> None:
-        """Play one step of all copies, and learn from one minibatch."""
-        if self.context not in self.contexts:
-            if self.context < 0:  # the recogniser's first window
-                self._enter(0)
+        """Play one step of all copies, and learn from one minibatch.
+
+        With the recogniser a step belongs to the context of its window, once that has ended; those
+        after the last window to the present one.
+        """
+        if self.context < 0:  # the recogniser's first window
+            self._enter(0)
+        copies = self.games[game]
+        frames, fresh = copies.frames.copy(), copies.fresh
+        epsilon = self.agent.epsilon(self.contexts[self.context].steps)
+        actions = self.agent.act(copies.states, epsilon)
+        self._waiting.append((frames, fresh, actions, *copies.act(actions)))
+        if self.recognised is None:
+            self._keep()
+        elif self.recognised.observe(frames, game):
+            self._enter(self.recognised.leading.context)
+            self._keep()
+        self.agent.learn(self.contexts[self.context].buffer)
+
+    def _keep(self) -> None:
+        """Store the steps that wait in the buffer of the present context."""
+        context = self.contexts[self.context]
+        for step in self._waiting:
+            if step is None:
+                context.buffer.cut()
             else:
-                self.contexts[self.context] = self._new_context()
-        context, copies = self.contexts[self.context], self.games[game]
-        frames, fresh = copies.frames.copy(), copies.fresh | self._begun
-        actions = self.agent.act(copies.states, self.agent.epsilon(context.steps))
-        rewards, ended = copies.act(actions)
-        context.buffer.add(frames, fresh, actions, rewards, ended)
-        context.steps += self.settings.copies
-        self._begun = False
-        self.agent.learn(context.buffer)
+                context.buffer.add(*step)
+                context.steps += self.settings.copies
+        self._waiting.clear()
 
     def _new_context(self) -> Context:
         settings = self.settings
         history = self.view.history
         return Context(Buffer(settings.capacity, settings.copies, self.view.shape, history))
 
-    def _cut(self) -> None:
-        """Let what comes next follow on nothing."""
-        if self.context in self.contexts and not self._begun:
-            self.contexts[self.context].buffer.cut()
-        self._begun = True
-
     def _enter(self, context: int) -> None:
         """Go over to a context: remember the one before, protect all others."""
         if context == self.context:
             return
-        self._cut()
+        if self.context in self.contexts:
+            self.contexts[self.context].buffer.cut()
         self._remember()
         self.context = context
         if context not in self.contexts:
@@ -414,11 +422,9 @@ class Run:
     def score(self, game: int, *, random: bool = False) -> float:
         """Return a game's mean return over episodes with the best actions, or with random ones.
 
-        With the recogniser each episode takes the context that the frames of its last window fit
-        best; in the first window, those so far.
+        With the recogniser each episode takes the context that its frames so far fit best.
         """
         settings = self.settings
-        window = settings.window
         count = settings.random_copies if random else settings.look_copies
         copies = Copies(
             [self._game(game, [self.seed, 3, self.steps, game, i]) for i in range(count)],
@@ -427,16 +433,17 @@ class Run:
         chance = np.random.default_rng([self.seed, 4, self.steps, game])
         if self.recognised is None:
             self.agent.network.enter(game)
-        seen: list[NDArray[np.int64]] = []
+        else:
+            known = self.recognised.leading.log_frequencies()
+            fits = np.zeros((count, len(known)))
         running, returns = np.ones(count, bool), np.zeros(count)
-        for step in range(settings.look_steps):
+        for _ in range(settings.look_steps):
             if random:
                 actions = chance.integers(self.view.actions, size=count)
             else:
                 if self.recognised is not None:
-                    seen = [*seen, pixels_of(copies.frames, settings.view)][-window:]
-                    if step < window or (step + 1) % window == 0:
-                        self.agent.network.enter(torch.from_numpy(self._best(seen)))
+                    fits += fit(known, pixels_of(copies.frames, settings.view))
+                    self.agent.network.enter(torch.from_numpy(fits.argmax(1)))
                 actions = self.agent.best(copies.states)
             rewards, ended = copies.act(actions)
             returns += rewards * running
@@ -444,14 +451,6 @@ class Run:
             if not running.any():
                 break
         return float(returns.mean())
-
-    def _best(self, seen: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-        """Return the context that some frames of each copy fit best, (copies,)."""
-        assert self.recognised is not None
-        leading = self.recognised.leading
-        frames = [np.max(seen, 0)] if self.settings.joined else seen
-        found = sum(map(leading.log_probabilities, frames), np.zeros(()))
-        return found[:, : max(1, leading.contexts)].argmax(1)
 
 
 def measure_single(settings: Settings, seed: int) -> Figures:
