@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             _exit(error.exit_code)
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        if "--json" in arguments:  # options after a wrong one are not parsed
+        if "--json" in arguments or _wants_json(arguments):  # later options are not parsed
             state["json"] = True
         _fail(f"{error.format_message()}{hint}", error.exit_code, state)
     except (click.Abort, KeyboardInterrupt):
@@ -96,6 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if len(message) > 2000:  # a name in a file can be as long as the file
             message = f"{message[:1500]} … {message[-400:]}"
         _fail(message, code, state)
+
+
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Whether the variable of the command that is named asks for JSON."""
+    name = next((word for word in arguments if not word.startswith("-")), "")
+    given = os.environ.get(f"CONSOLIDATE_{name.upper()}_JSON", "")
+    return given.lower() in {"1", "true", "t", "yes", "y", "on"}
 
 
 def _hide_transfers() -> None:
@@ -383,7 +390,8 @@ def _do(typed: dict[str, Any], text: Callable[[Any], str]) -> None:
     click.get_current_context().ensure_object(dict)["begun"] = True
     try:
         if followed:
-            result = _measured(name, command, options, typed, **followed)
+            show = partial(_write, json=json, text=text)
+            result = _measured(name, command, options, typed, show, **followed)
         else:
             result = command(options)
     except ForgettingError as error:
@@ -399,11 +407,16 @@ def _measured(
     command: Callable[[Any], Any],
     options: Any,
     typed: Mapping[str, Any],
+    show: Callable[[Any], None],
     *,
     metrics: Path | None,
     **stores: bool,
 ) -> Any:
-    """Do a command that measures something, track it, and report its numbers."""
+    """Do a command that measures something, track it, and report its numbers.
+
+    Where they cannot be reported, the result is shown all the same, as the same command again would
+    not measure it again.
+    """
     from consolidate.views.tracking import tracked
 
     if name != "evaluate":
@@ -421,9 +434,16 @@ def _measured(
             result = command(options)
         except ForgettingError as error:
             if error.result is not None:
-                _report("finetune", error.result, metrics, trackers)
+                try:
+                    _report(name, error.result, metrics, trackers)
+                except InputError as lost:  # the gate says more
+                    LOG.warning("%s", lost)
             raise
-        _report(name, result, metrics, trackers)
+        try:
+            _report(name, result, metrics, trackers)
+        except InputError:
+            show(result)
+            raise
         return result
 
 

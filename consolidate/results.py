@@ -117,7 +117,9 @@ class EncodedAs(TypedDict):
         Annotated[str, one_of("assistant", "completion", "all")] | None,
         about("Tokens that are predicted; null if the model is not a causal language model."),
     ]
-    max_length: Annotated[int | None, about("`--max-length`; null if it was not given.")]
+    max_length: Annotated[
+        int | None, about("`--max-length`; null if it was not given, unless texts were generated.")
+    ]
 
 
 class Generated(TypedDict):

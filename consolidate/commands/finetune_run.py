@@ -38,6 +38,7 @@ from consolidate.training.state import Descent, load_trained, trained_tensors
 from formats.checkpoint import check_finite
 from formats.errors import NonFiniteError, UsageError
 from formats.partial_work import StoredWork
+from formats.tensors import dtype_of
 
 if TYPE_CHECKING:
     from consolidate.commands.finetune_budget import Controller
@@ -70,12 +71,15 @@ def _take_metrics(
         return
     if same_as in metrics:
         metrics[when] = metrics[same_as]
-        return
-    # A module may draw in eval mode too; training must not see.
-    # Several processes stop together, after a measurement; before the first step at once.
-    several = all_processes() is not None
-    with signals.waiting(several and when != "before"), torch.random.fork_rng():
-        metrics[when] = evaluate_all(start.model, start.evaluations, start.with_heads, batch_size)
+        if when != "after":
+            return
+    else:
+        # A module may draw in eval mode too; training must not see.
+        # Several processes stop together, after a measurement; before the first step at once.
+        several = all_processes() is not None
+        with signals.waiting(several and when != "before"), torch.random.fork_rng():
+            scores = evaluate_all(start.model, start.evaluations, start.with_heads, batch_size)
+        metrics[when] = scores
     for task, values in metrics[when].items():
         words = [f"{key} {value:.4f}" for key, value in values.items() if key != "score"]
         LOG.info("%s: %s %s", when, task, ", ".join(words))
@@ -133,7 +137,9 @@ def train(
     weights = stored_weights(model)
     trained = Trained(mark, weights, steps, metrics, beside)
     try:
-        take_metrics("after")
+        unrounded = start.frozen is None and interpolator is None and _stored_as_trained(model)
+        epochs = [when for when in metrics if when.startswith("epoch ")]
+        take_metrics("after", epochs[-1] if unrounded and epochs else "")
     except signals.STOPS as stop:
         if work.can_keep(stop):
             work.keep(*kept_of(model, trained), "training")
@@ -151,6 +157,13 @@ def _take_finite_values(model: Model, target: Path) -> None:
             f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
         ) from None
     take_stored_values(model, weights)
+
+
+def _stored_as_trained(model: Model) -> bool:
+    """Whether the values are stored in the dtype that they are trained in."""
+    weights = model.checkpoint.weights
+    stored = {dtype for name in weights if (dtype := dtype_of(weights, name)).is_floating_point}
+    return stored == {p.dtype for p in model.module.parameters()} and len(stored) == 1
 
 
 def _merge_adapter(start: "Start") -> None:

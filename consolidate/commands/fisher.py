@@ -325,7 +325,8 @@ def _dry_run(plan: Plan, model: Model, encoded: Examples | TextPlan) -> FisherDr
     if factors:
         files["factors.safetensors"] = 4 * factors
     if not plan.in_place:
-        files["model.safetensors"] = bytes_of(plan.source.weights)
+        stem = "model" if plan.source.adapter is None else "adapter_model"
+        files[f"{stem}.safetensors"] = bytes_of(plan.source.weights)
     return {
         "status": "dry run",
         "task": plan.task,

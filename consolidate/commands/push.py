@@ -29,7 +29,7 @@ from formats.digest import set_digest
 from formats.errors import UsageError
 from formats.fisher_folder import check_belongs, check_fisher_values, check_intact
 from formats.fisher_json import Ledger
-from formats.hub import FISHER, commits_of, locate
+from formats.hub import FISHER, commits_of, find_local, locate
 
 LOG = logging.getLogger("consolidate")
 
@@ -72,7 +72,7 @@ def push(options: PushOptions) -> PushResult:
         names = ", ".join(task.name for task in ledger.tasks[-5:])
         message = options.commit_message or f"Push {names}"
         commit, pull_request = commit_files(target, source, upload, message)
-        check_arrived(target, upload, commit)
+        check_arrived(target, upload, commit, pull_request)
         set_tag(target, commit)
     result["status"] = "unchanged" if commit == target.remote.head else "done"
     result["commit"], result["pull_request"] = commit, pull_request
@@ -103,6 +103,11 @@ def _check_options(options: PushOptions) -> None:
         )
     for name in options.base_model:
         check_name(name.partition("@")[0], "--base-model ")
+        if options.fisher_only and find_local(name).exists():
+            raise UsageError(
+                f"--base-model {name} is a folder here, and the card is to name the repository on "
+                "the Hub that the Fisher was compared with: push from another folder"
+            )
 
 
 def _verified(source: Source, base_model: Sequence[str]) -> str | None:

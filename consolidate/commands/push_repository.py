@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import filter_repo_objects
 from huggingface_hub.utils.sha import git_hash
 
 from consolidate.commands.push_files import Source
@@ -21,7 +21,9 @@ from formats.checkpoint import CARD
 from formats.checkpoint_files import check_link
 from formats.errors import InputError, NetworkError, UsageError
 from formats.fisher_folder import in_one_line
+from formats.hub import COPIES, OTHER_FRAMEWORKS
 from formats.hub_errors import ODD_ANSWER, commit_in, hub_call
+from formats.wording import few
 
 LOG = logging.getLogger("consolidate")
 AGAIN = (
@@ -31,9 +33,12 @@ AGAIN = (
 
 
 _OURS_TO_REPLACE = re.compile(
-    r"fisher/.*|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
-    r"|tf_model.*\.h5(\.index\.json)?|flax_model.*\.msgpack(\.index\.json)?|rust_model\.ot"
+    r"fisher/.*|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
     r"|adapter_config\.json|adapter_model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+)
+_OTHER_FORMATS = re.compile(
+    r"(pytorch_)?model(-\d+-of-\d+)?\.bin(\.index\.json)?|rust_model\.ot"
+    r"|tf_model.*\.h5(\.index\.json)?|flax_model.*\.msgpack(\.index\.json)?"
 )
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
 
@@ -214,7 +219,16 @@ def compared(target: Target, source: Source, contents: Mapping[str, Path | bytes
         path: _change(remote.files.get(path), file) if target.asked else "not compared"
         for path, file in files.items()
     }
-    stale = sorted(p for p in remote.files if _is_stale(p, files, source.fisher_only))
+    same = all(changes[path] == "unchanged" for path in files if _WEIGHTS.fullmatch(path))
+    others = remote.files.keys() - files.keys()
+    stale = sorted(path for path in others if _is_stale(path, source.fisher_only, same))
+    copies = filter_repo_objects(others.difference(stale), allow_patterns=COPIES + OTHER_FRAMEWORKS)
+    if not same and (left := sorted(map(repr, copies))):
+        LOG.info(
+            "%s: %s may hold earlier weights still: delete them on the Hub, or make them again",
+            name,
+            few(left, 5),
+        )
     changed = bool(stale) or set(changes.values()) != {"unchanged"}
     tag = target.options.tag
     if tag in remote.tags and (changed or remote.tags[tag] != remote.head):
@@ -244,11 +258,13 @@ def _change(there: RepoFile | None, operation: CommitOperationAdd) -> Change:
     return "unchanged" if same else "changed"
 
 
-def _is_stale(path: str, kept: Mapping[str, Any], fisher_only: bool) -> bool:
+def _is_stale(path: str, fisher_only: bool, same_weights: bool) -> bool:
     """Whether a file is of earlier weights or an earlier Fisher, which loaders might load."""
-    if path in kept or not _OURS_TO_REPLACE.fullmatch(path):
-        return False
-    return path.startswith("fisher/") or not fisher_only
+    if fisher_only:
+        return path.startswith("fisher/")
+    if _OTHER_FORMATS.fullmatch(path):
+        return not same_weights
+    return _OURS_TO_REPLACE.fullmatch(path) is not None
 
 
 def commit_files(
@@ -312,9 +328,10 @@ def _make_branch(target: Target, remote: Remote) -> None:
             )
 
 
-def check_arrived(target: Target, upload: Upload, commit: str) -> None:
-    """Compare the repository at a commit with what was sent."""
-    made = f"{target.name}: the commit {commit} was made, but could not be checked: "
+def check_arrived(target: Target, upload: Upload, commit: str, opened: str | None) -> None:
+    """Compare the repository at a commit, or at that of a pull request, with what was sent."""
+    what = f"commit {commit}" if opened is None else f"pull request {opened}"
+    made = f"{target.name}: the {what} was made, but could not be checked: "
     there = _files_at(target.api, target.name, commit, made)
     wrong = [
         f"{path} {'has another digest' if path in there else 'is missing'}"

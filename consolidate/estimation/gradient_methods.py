@@ -317,10 +317,12 @@ def _gradients(
     """
     if not outputs.requires_grad:
         return {}
-    found = torch.autograd.grad(outputs, list(parameters.values()), vector, allow_unused=True)
+    wanted = list(parameters.values())
+    found: list[Tensor | None] = [*torch.autograd.grad(outputs, wanted, vector, allow_unused=True)]
     used = {vector.untyped_storage().data_ptr()}
     gradients: dict[str, Tensor] = {}
-    for name, gradient in zip(parameters, found, strict=True):
+    for i, name in enumerate(parameters):
+        gradient, found[i] = found[i], None  # freed once it is converted
         if gradient is None:
             continue
         gradient = gradient.to_dense().to(dtype)

@@ -146,7 +146,8 @@ def _use(ledger: Ledger, subject: Subject) -> dict[str, str]:
     """Give the parts of a command that continues from here, in a shell and in Python."""
     where, option = subject.repository or "path/to/this/folder", {}
     if subject.fisher_only:
-        where, option = subject.bases[0], {"fisher": subject.repository}
+        pinned = {"revision": subject.base_commit} if subject.base_commit else {}
+        where, option = subject.bases[0], {**pinned, "fisher": subject.repository}
     elif subject.relation == "adapter":
         option = {"base-model": next(iter(subject.base_model), "BASE-MODEL")}
     elif library(subject) != "transformers":

@@ -139,15 +139,25 @@ def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, fl
     """Report what a command returned: curves, metrics, digests, and where the output is."""
     if tracker.command == "evaluate":
         result = {}
-    steps = result.get("steps", 0)
-    last = steps if isinstance(steps, int) else 0  # those of a run are its checkpoints
+    matrix = result.get("accuracy_matrix")
+    if tracker.command == "run":  # where the gate fails this is what the last step returned
+        result = {key: result[key] for key in ("checkpoint", "status") if key in result}
+    moments = {
+        int(number): scores
+        for when, scores in result.get("metrics", {}).items()
+        # the result does not say after how many steps an epoch ended
+        if (number := {"before": "0"}.get(when) or when.removeprefix("step ")).isdigit()
+    }
+    last = result.get("steps", 0)
+    if moments and not last:  # the output was up to date
+        last = max(1, *moments)
+    if "after" in result.get("metrics", {}):  # what was saved, which may be interpolated
+        moments.pop(last, None)
     tracker.history(result.get("history", ()))
-    for when, scores in result.get("metrics", {}).items():
-        number = {"before": "0"}.get(when) or when.removeprefix("step ")
-        if number.isdigit():  # the result does not say after how many steps an epoch ended
-            for name, value in evaluate_metrics(scores).items():
-                tracker.metric(name, value, int(number))
-    if (matrix := result.get("accuracy_matrix")) is not None:
+    for step, scores in moments.items():
+        for name, value in evaluate_metrics(scores).items():
+            tracker.metric(name, value, step)
+    if matrix is not None:
         last = len(matrix["tasks"])
         names, rows = columns_and_rows(matrix)
         for learned, row in enumerate(rows):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import consolidate
 from consolidate.chain import resume
@@ -284,6 +286,7 @@ def test_what_has_changed_is_said(
 def test_a_measurement_that_is_interrupted_is_made_again(
     learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
+    monkeypatch.setattr(finetune_run, "_stored_as_trained", lambda model: False)
     new = write_task("new", seed=1)
     options = {**COMMON, "save_every_minutes": 10**6, "epochs": 2, "evaluate": {"new": new}}
     options |= {"evaluate_every": 2}
@@ -306,6 +309,32 @@ def test_a_measurement_that_is_interrupted_is_made_again(
     assert (tmp_path / ".out.consolidate-partial").exists() == (moment != "before")
     consolidate.finetune(learned, new, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 2), (torch.bfloat16, 3)])
+def test_what_is_stored_is_measured_again_only_if_it_was_rounded(
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    times: int,
+) -> None:
+    weights = network_checkpoint / "model.safetensors"
+    narrow = {name: values.to(dtype) for name, values in load_file(weights).items()}
+    save_file(narrow, weights, {"format": "pt"})
+    measure, measured = finetune_run.evaluate_all, []
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        measured.append(measure(*arguments, **settings))
+        return measured[-1]
+
+    monkeypatch.setattr(finetune_run, "evaluate_all", counted)
+    new = write_task("new", seed=1)
+    options = {**FAST, "penalty": "none", "epochs": 1, "evaluate": {"new": new}}
+    found = consolidate.finetune(network_checkpoint, new, output_dir=tmp_path / "out", **options)
+    assert len(measured) == times
+    assert found["metrics"]["after"] == measured[-1]
 
 
 def test_a_training_goes_on_where_it_cannot_be_kept(

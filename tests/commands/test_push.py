@@ -190,6 +190,11 @@ def test_a_branch_and_a_pull_request(checkpoint: Path, tmp_path: Path, hub: Hub)
     assert done["pull_request"].endswith("/user/model/discussions/1")
     assert set(repository.files) == {".gitattributes"}
     assert repository.branches["refs/pr/1"] == done["commit"]
+    words = ("--revision", "refs/pr/1", "--public", "--fisher-dtype", "bfloat16")
+    more = pushed(tmp_path, hub, checkpoint, "user/model", *words)
+    assert (more["status"], more["pull_request"]) == ("done", None)
+    assert repository.branches["refs/pr/1"] == more["commit"] != done["commit"]
+    assert set(repository.files) == {".gitattributes"}
 
 
 def test_a_branch_is_made_where_nothing_changed(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
@@ -217,6 +222,36 @@ def test_all_of_a_tokenizer_and_of_modules_is_sent_and_nothing_hidden(
     assert files.issuperset(sent)
     assert not files & {*not_sent}
     assert "'2_Dense/notes.txt'" in err
+
+
+def test_other_formats_stay_with_unchanged_weights_alone(
+    checkpoint: Path, write_task: Write, tmp_path: Path, hub: Hub
+) -> None:
+    shutil.rmtree(checkpoint / "fisher")
+    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model-q4.gguf"):
+        (checkpoint / name).write_bytes(b"the same in another format")
+    (checkpoint / "onnx").mkdir()
+    (checkpoint / "onnx" / "model.onnx").write_bytes(b"the same in another format")
+    hub.put("user/model", checkpoint)
+    variables = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN}
+    words = ("fisher", "user/model", "--data", write_task("old"), *MODEL)
+    code, _, err = run(tmp_path, *words, "--output-dir", "measured", **variables)
+    assert code == 0, err
+    done = pushed(tmp_path, hub, "measured", "user/model", "--public")
+    assert done["deleted"] == []
+    assert ("model.safetensors", "unchanged") in {(f["path"], f["change"]) for f in done["files"]}
+
+    other = make_network({"sizes": SIZES}).state_dict()
+    save_file(other, checkpoint / "model.safetensors", {"format": "pt"})
+    fisher(checkpoint, write_task("old"), model=MODEL[1])
+    code, out, err = run(
+        tmp_path, "push", checkpoint, "user/model", "--public", "--json", **variables
+    )
+    assert code == 0, err
+    gone = ["flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"]
+    assert json.loads(out)["deleted"] == gone
+    assert "'model-q4.gguf', 'onnx/model.onnx' may hold earlier weights still: delete" in err
+    assert {"model-q4.gguf", "onnx/model.onnx"} < set(hub.repositories["user/model"].files)
 
 
 def test_an_adapter_that_was_there_goes(checkpoint: Path, tmp_path: Path, hub: Hub) -> None:
@@ -358,11 +393,11 @@ def test_the_fisher_of_somebody_elses_weights(
     card = files["README.md"].decode()
     assert "base_model: them/model" in card
     assert "# Theirs" not in card
-    assert f"at commit `{loopback_hub.COMMIT}` (digest `{done['weights']}`" in card
+    assert f"at commit `{COMMIT}` (digest `{done['weights']}`" in card
 
     code, _, err = run(
-        tmp_path, "finetune", "them/model", "--fisher", "user/fisher", "--data",
-        write_task("new", seed=4), *MODEL, "--ewc-lambda", 10, "--output-dir", "out",
+        tmp_path, "finetune", "them/model", "--revision", COMMIT, "--fisher", "user/fisher",
+        "--data", write_task("new", seed=4), *MODEL, "--ewc-lambda", 10, "--output-dir", "out",
         HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN,
     )  # fmt: skip
     assert code == 0, err
@@ -377,6 +412,9 @@ def test_the_fisher_of_somebody_elses_weights(
     pushed(tmp_path, hub, checkpoint, "user/whole")
     code, _, err = run(tmp_path, "push", checkpoint, "user/whole", *only[2:], **variables)
     assert (code, "has weights" in err) == (2, True), err
+    shutil.copytree(theirs, tmp_path / "them" / "model")
+    code, _, err = run(tmp_path, "push", *only, **variables)
+    assert (code, "--base-model them/model is a folder here" in err) == (2, True), err
 
 
 def test_factors_are_pushed_rounded_or_left_out(

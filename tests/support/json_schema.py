@@ -1,6 +1,7 @@
 """Checks what `--json` wrote against the JSON Schema of the docs, by the keywords that it uses."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ PATH = Path(__file__).resolve().parents[2] / "docs" / "reference" / "json-schema
 SCHEMA = json.loads(PATH.read_text(encoding="utf-8"))
 KNOWN = {"$ref", "anyOf", "type", "enum", "required", "properties", "additionalProperties"}
 KNOWN |= {"items", "minimum", "maximum", "title", "description"}
+KNOWN |= {"exclusiveMinimum", "exclusiveMaximum"}
 TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -44,6 +46,8 @@ def faults(value: Any, schema: dict[str, Any], place: str) -> Iterator[str]:
         yield f"{place} is {value!r:.50}, not one of {schema['enum']}"
     if isinstance(value, int | float) and not (
         schema.get("minimum", value) <= value <= schema.get("maximum", value)
+        and schema.get("exclusiveMinimum", -math.inf) < value
+        and value < schema.get("exclusiveMaximum", math.inf)
     ):
         yield f"{place} is {value!r}, which is out of range"
     if isinstance(value, dict):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from consolidate.cli import cli, main
 from consolidate.commands import show as show_command
 from consolidate.options import FinetuneOptions
+from consolidate.views import metrics as metrics_view
 from formats.errors import InputError
 from support import loopback_hub, tiny_models
 from support.checkpoints import Write
@@ -607,6 +608,25 @@ def test_the_home_folder_in_every_path(
     assert (tmp_path / "m.json").exists()
     code, _, err = run(capsys, "show", "~nobody-of-that-name/out")
     assert (code, "not a valid path" in err) == (3, True)
+
+
+def test_a_result_whose_metrics_cannot_be_written_is_printed(
+    network_checkpoint: Path,
+    write_task: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise InputError("m.json: the disk or the quota is full")
+
+    monkeypatch.setattr(metrics_view, "write_metrics", full)
+    words = ("fisher", network_checkpoint, "--data", write_task("old"), *MODEL, "--json")
+    code, out, err = run(capsys, *words, "--metrics", tmp_path / "m.json")
+    assert code == 3
+    assert "m.json: the disk or the quota is full" in err
+    assert json.loads(out)["status"] == "done"
+    assert (network_checkpoint / "fisher" / "fisher.json").exists()
 
 
 @FULL

@@ -33,7 +33,7 @@ RESULTS = {page for page in PAGES if DOCS / "results" in page.parents}
 OURS = [page for page in PAGES if page not in GENERATED | RESULTS]  # written by hand
 RUN = [page for page in OURS if page != TOY]
 BLOCK = re.compile(
-    r"^(<!-- not run: .+ -->\n|<!-- output -->\n)?```(sh|python|toml|text)\n(.*?)^```$",
+    r"^(<!-- not run: [^\n]+ -->\n|<!-- output -->\n)?```(sh|python|toml|text)\n(.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
 OF_OTHERS = (  # what peft 0.21 and trl 1.16 call in transformers 5.24

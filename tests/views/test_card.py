@@ -216,7 +216,9 @@ def test_a_fisher_alone_names_its_weights(ledger: Ledger) -> None:
     data = metadata(card)
     assert (data["library_name"], data["base_model"]) == ("consolidate", "them/base")
     assert "model-index" not in data
-    assert "consolidate finetune them/base --fisher me/fisher --data" in card
+    pinned = f"consolidate finetune them/base --revision {'c' * 40} --fisher me/fisher --data"
+    assert pinned in card
+    assert f'\n    revision="{"c" * 40}",\n    fisher="me/fisher", ewc_lambda=' in card
     assert f"at commit `{'c' * 40}`" in card
 
 

@@ -61,11 +61,12 @@ def test_a_fine_tuning_is_a_run_with_its_curves_and_digests(
     old, new, out = write_task("old"), write_task("new", seed=1), tmp_path / "out"
     code, _, err = run(capsys, "fisher", network_checkpoint, "--data", old, *MODEL, "--mlflow")
     assert code == 0, err
-    code, text, err = run(
-        capsys, "finetune", network_checkpoint, "--data", new, "--output-dir", out, *MODEL,
+    words = (
+        "finetune", network_checkpoint, "--data", new, "--output-dir", out, *MODEL,
         "--ewc-lambda", 10, "--epochs", 2, "--evaluate-every", 3, "--evaluate", f"old={old}",
         "--evaluate", f"new={new}", "--max-grad-norm", 5, "--json", "--mlflow",
     )  # fmt: skip
+    code, text, err = run(capsys, *words)
     assert code == 0, err
     result = json.loads(text)
     measured, trained = runs()
@@ -93,6 +94,12 @@ def test_a_fine_tuning_is_a_run_with_its_curves_and_digests(
     assert tags["finetune.trained_from"] == measured.data.tags["fisher.weights"]
     assert tags["finetune.data_digest"] == ledger.tasks[-1].data_digest
     assert not mlflow.MlflowClient().list_artifacts(trained.info.run_id)
+    code, text, _ = run(capsys, *words)
+    assert (code, json.loads(text)["status"]) == (0, "cached")
+    again = runs()[-1].data.metrics  # the last of its points, not the one before training
+    assert {name: again[name] for name in ("old.loss", "new.loss")} == {
+        f"{name}.loss": after[name]["loss"] for name in ("old", "new")
+    }
 
 
 def test_a_dry_run_is_no_run_of_the_store(
@@ -157,7 +164,20 @@ def test_a_gate_that_fails_and_a_command_that_fails(
     assert failed.data.metrics["forgetting"] > 0
     code, _, _ = run(capsys, "evaluate", network_checkpoint, "--data", old, "--mlflow")
     assert code == 3  # no --model
-    assert [found.info.status for found in runs()] == ["FAILED", "FAILED"]
+    run_file = tmp_path / "tasks.toml"
+    run_file.write_text(
+        'start = "start"\n[defaults]\nmodel = "support.networks:make_network"\n'
+        "ewc-lambda = 0\n"
+        "batch-size = 60\nmax-steps = 2\nlearning-rate = 0.3\nmax-forgetting = 0\n"
+        '[evaluate]\nold = "old.npz"\n[[task]]\nname = "new"\ndata = "new.npz"\n'
+    )
+    words = ("run", run_file, "--output-dir", tmp_path / "chain", "--mlflow")
+    code, _, err = run(capsys, *words, "--metrics", tmp_path / "m.json")
+    assert code == 5, err
+    assert [found.info.status for found in runs()] == ["FAILED"] * 3
+    for found in (runs()[-1].data.metrics, json.loads((tmp_path / "m.json").read_text())):
+        assert found["forgetting"] > 0
+        assert not {"loss", "steps", "penalty_value"} & {*found}
 
 
 def test_a_chain_is_one_run(
