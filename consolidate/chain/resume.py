@@ -33,6 +33,8 @@ from formats.errors import InputError
 from formats.partial_work import StoredWork, read_partial, remove_partial, write_partial
 
 LOG = logging.getLogger("consolidate")
+WORK_TO_SAVING = 9.0
+"""At least so many times as long as a save took, the next one waits."""
 RETRY_SECONDS = 60.0
 """At least so long after a save that failed the next one is tried, but for a stop."""
 
@@ -118,7 +120,7 @@ class KeptWork:
         if self._every == math.inf or not (own or self.shard or self._process == 0):
             return False
         size = sum(tensor.nbytes for tensor in tensors.values())
-        command = self._command()
+        command, began = self._command(), self._clock()
         try:
             if self.shard:
                 room = partial(self._leave_room, size, what)
@@ -136,7 +138,9 @@ class KeptWork:
         if self._failed:
             LOG.info("progress is saved again")
         self._failed = False
-        self._last = self._clock()
+        self._last = now = self._clock()
+        if self._every > 0:
+            self._last += max(0.0, WORK_TO_SAVING * (now - began) - self._every)
         return True
 
     def can_keep(self, stop: BaseException, *, gathers: bool = False) -> bool:

@@ -356,6 +356,26 @@ def test_a_training_goes_on_where_it_cannot_be_kept(
     assert caplog.text.count("cannot be saved, and the training continues: the disk is full") == 1
 
 
+def test_saving_takes_at_most_a_tenth_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def slow(*arguments: Any) -> None:
+        now[0] += 40.0
+
+    monkeypatch.setattr(resume, "write_partial", slow)
+    work = resume.KeptWork(tmp_path / "out", dict, every=60, result_bytes=0, clock=lambda: now[0])
+    due = []
+    for moment in (59.0, 60.0, 100.0 + 359.0, 100.0 + 360.0):
+        now[0] = moment
+        work.settle()
+        due.append(work.due)
+        if due == [False, True]:
+            assert work.keep({}, {}, "training")
+    assert due == [False, True, False, True]
+
+
 def test_saving_is_tried_again_after_it_has_failed(
     learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
