@@ -230,18 +230,29 @@ def read_beside(folder: Path, name: str) -> dict[str, Any]:
     return read_json(check_link(folder, path)) if os.path.lexists(path) else {}
 
 
-def _refuse_quantized(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
-    remedy = "have no gradients; use the checkpoint from before quantization"
+_UNQUANTIZED = "have no gradients; use the checkpoint from before quantization"
+
+
+def quantized_by(config: Mapping[str, Any]) -> str | None:
+    """Say by which key a ``config.json`` has quantized weights; None if it has none."""
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
-            raise InputError(f"{path}: quantized weights (by the {key} in config.json) {remedy}")
+            return f"quantized weights (by the {key} in config.json) {_UNQUANTIZED}"
+    return None
+
+
+def _refuse_quantized(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    if (why := quantized_by(config)) is not None:
+        raise InputError(f"{path}: {why}")
     for name in weights:
         dtype = dtype_of(weights, name)
         narrow = dtype.itemsize == 1 and dtype != torch.bool
         is_weight = dtype.is_floating_point or name.rpartition(".")[2].startswith("weight")
         if _PACKED.fullmatch(name) or (narrow and is_weight):
             found = str(dtype).removeprefix("torch.")
-            raise InputError(f"{path}: quantized weights (tensor {name!r} is {found}) {remedy}")
+            raise InputError(
+                f"{path}: quantized weights (tensor {name!r} is {found}) {_UNQUANTIZED}"
+            )
 
 
 def _files_below(root: Path, entry: Path, above: frozenset[Path]) -> Iterator[tuple[Path, Path]]:

@@ -197,7 +197,8 @@ def check_belongs(stored: StoredFisher, weights: Mapping[str, Tensor], where: st
         raise InputError(
             f"{stored.folder / LEDGER_NAME} does not belong to the weights of {where}: "
             f"{in_one_line(lines, 2)}; measure the Fisher of these weights with "
-            "`consolidate fisher`"
+            "`consolidate fisher`, or name the weights that it was measured at (--revision; the "
+            "model card may have their commit)"
         )
 
 

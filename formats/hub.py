@@ -18,12 +18,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from formats.atomic import recover
-from formats.checkpoint import PICKLE_SUFFIXES
+from formats.checkpoint import PICKLE_SUFFIXES, quantized_by
 from formats.checkpoint_files import MAX_JSON_BYTES
 from formats.errors import InputError, NetworkError, UsageError
 from formats.fisher_json import MAX_LEDGER_BYTES
 from formats.hub_errors import AccessError, commit_in, hub_call
-from formats.wording import neighbours
+from formats.wording import few, neighbours
 
 LOG = logging.getLogger("consolidate")
 
@@ -32,8 +32,8 @@ FISHER = ("fisher/*", "fisher*.json", "fisher*.safetensors", "anchor*", "factor*
 VALUES = ("fisher/fisher*.safetensors*", "fisher/anchor*", "fisher/factor*")
 """Those of them that are as large as the weights."""
 
-OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.gguf"]
-OTHER_FRAMEWORKS += ["onnx/*", "openvino/*"]
+_OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".gguf")
+OTHER_FRAMEWORKS = [*(f"*{suffix}" for suffix in _OTHER_WEIGHTS), "onnx/*", "openvino/*"]
 COPIES = ["original/*", "consolidated*.safetensors"]
 COPIES += [f"model.{kind}*.safetensors" for kind in ("fp16", "bf16", "fp32", "non_ema")]
 """The same weights in another form or dtype, which no command reads."""
@@ -81,8 +81,14 @@ def locate(
     lost = f"{checkpoint}: no such file or folder{_near(path)}"
     if path.is_symlink():
         raise InputError(f"{checkpoint} is a broken link; correct what it points to")
-    if not name or path.is_absolute() or name.startswith(".") or _in_a_folder(path):
+    is_file = path.suffix in (".safetensors", *PICKLE_SUFFIXES)
+    if not name or path.is_absolute() or name.startswith(".") or is_file:
         raise InputError(lost)
+    if revision is None and Path(path.parts[0]).is_dir():  # which may be called as an owner is
+        raise InputError(
+            f"{lost}; not looked for on the Hub, as there is a folder {path.parts[0]} here: name a "
+            f"revision, as in {name}@main, to fetch it"
+        )
     wanted = None if only is None else list(only)
     fetch = partial(snapshot_download, name, revision=revision, allow_patterns=wanted)
     reached = False
@@ -93,6 +99,8 @@ def locate(
         commit_in("", info)
         files = _names(info)
         _refuse_large(info)
+        if only is None and not any(PurePosixPath(file).name == "fisher.json" for file in files):
+            _refuse_unreadable(info, files)
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
         pickles = [f for f in files if f.endswith(PICKLE_SUFFIXES) and not _MODULE.match(f)]
         standard = {"model.safetensors", "model.safetensors.index.json"}.intersection(files)
@@ -159,11 +167,6 @@ def _logged(name: str, snapshot: str) -> Path:
     return path
 
 
-def _in_a_folder(path: Path) -> bool:
-    """Whether a missing path begins with an existing folder, or names a weights file."""
-    return path.suffix in (".safetensors", *PICKLE_SUFFIXES) or Path(path.parts[0]).is_dir()
-
-
 def _near(path: Path) -> str:
     near = neighbours(path)
     if len(path.parts) == 2:  # "run/a" for "runs/a"
@@ -194,6 +197,26 @@ def _refuse_large(info: ModelInfo) -> None:
                 f"{file.rfilename}: expected at most {most:,} bytes, found {size:,}; nothing was "
                 "fetched"
             )
+
+
+def _refuse_unreadable(info: ModelInfo, files: Sequence[str]) -> None:
+    """Refuse quantized weights, and those of other programs or in folders, before the fetch."""
+    config = info.config if isinstance(info.config, dict) else {}
+    if "config.json" in files and (why := quantized_by(config)) is not None:
+        raise InputError(f"{why}; nothing was fetched")
+    weights = [f for f in files if f.endswith((".safetensors", ".index.json", *PICKLE_SUFFIXES))]
+    if any("/" not in file for file in weights):
+        return
+    if folders := dict.fromkeys(f"{PurePosixPath(file).parent}/" for file in weights):
+        raise InputError(
+            f"expected weights beside config.json, found them only in {few([*folders], 4)}: "
+            "download one of these folders and name it; nothing was fetched"
+        )
+    if others := [file for file in files if file.endswith(_OTHER_WEIGHTS)]:
+        raise InputError(
+            f"expected weights in .safetensors or of PyTorch, found only {few(others, 4)}: name "
+            "the repository that they were converted from, or convert them; nothing was fetched"
+        )
 
 
 def _cached(fetch: Callable[..., str], without: Sequence[str]) -> str | None:

@@ -58,7 +58,7 @@ def fit_model(
     fitted = _with_wider_vocabulary(load, Fitted(model, before, {}), new_labels)
     model = fitted.model
     if new_labels is not None:
-        return fitted
+        return replace(fitted, free=dict.fromkeys(model.layout.fresh, 0) | fitted.free)
     if head == "keep":
         check_labels(rows, model, columns)
         return fitted

@@ -129,7 +129,7 @@ def find_fisher(checkpoint: Path, elsewhere: str | Path | None) -> Path | None:
         beside = checkpoint / "fisher"
         recover(beside)
         return beside if beside.is_dir() else None
-    folder = locate(elsewhere, only=FISHER)
+    folder = locate(elsewhere, only=(*FISHER, "config.json"))  # which is compared
     recover(folder / "fisher")
     for candidate in (folder / "fisher", folder):
         if (candidate / "fisher.json").is_file():

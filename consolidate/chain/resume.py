@@ -34,7 +34,7 @@ from formats.partial_work import StoredWork, read_partial, remove_partial, write
 
 LOG = logging.getLogger("consolidate")
 WORK_TO_SAVING = 9.0
-"""At least so many times as long as a save took, the next one waits."""
+"""The next save waits at least this many times as long as the last one took."""
 RETRY_SECONDS = 60.0
 """At least so long after a save that failed the next one is tried, but for a stop."""
 

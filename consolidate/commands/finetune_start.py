@@ -189,8 +189,7 @@ def _fit(plan: "Plan", *, whole: bool) -> tuple[Fitted, partial[Model]]:
     options, opened = plan.options, plan.opened
     source, objective, factory = opened.source, opened.objective, options.source.model
     new_labels = None
-    free = options.penalty.penalty == "none" and factory is None
-    if free and objective and lacks_head(source, objective):
+    if factory is None and objective and lacks_head(source, objective):
         new_labels = label_names(opened.rows, objective, opened.columns)
     device = best_device(options.source.device)
     load_as = partial(

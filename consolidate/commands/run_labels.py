@@ -42,7 +42,7 @@ def check_labels_of_run(
         with located(place):
             if head == "new":
                 known = label_values(rows, name, columns)
-            elif first and _lacks_head(start, name, options):
+            elif first and not options.source.model and lacks_head(start, name):
                 known = label_names(rows, name, columns)
             elif known is not None:
                 found = label_values(rows, name, columns, used=True)
@@ -50,9 +50,3 @@ def check_labels_of_run(
                     refuse_lacking(rows, name, columns, found, known)
                 known = [*known, *lacking_labels(found, known)]
         first = False
-
-
-def _lacks_head(start: Checkpoint, objective: str, options: FinetuneOptions) -> bool:
-    """Return whether the first task gives a start without a head its first one."""
-    free = options.penalty.penalty == "none" and options.source.model is None
-    return free and lacks_head(start, objective)

@@ -2,11 +2,21 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from consolidate.models.objectives import Objective, check_declared, check_model_type, get_objective
+import torch
+
+from consolidate.models.objectives import (
+    Objective,
+    check_declared,
+    check_model_type,
+    check_readable,
+    get_objective,
+)
 from consolidate.runtime.quiet import quiet
+from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
 from formats.errors import InputError, UsageError, install
 from formats.wording import first_line
@@ -63,6 +73,7 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
     assert objective.auto_class is not None
     mapping = getattr(transformers, f"AutoModelFor{objective.auto_class}")._model_mapping
     if type(config) not in mapping:
+        check_readable(kind, str(where))
         raise InputError(
             f"{where}: transformers has no {kind} model for {objective.name}; choose another "
             "--objective"
@@ -78,13 +89,21 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
 
 
 def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
-    """Return whether a checkpoint lacks the head (output layer), by its config's architecture."""
+    """Return whether a checkpoint lacks the head (output layer), by its config and its tensors."""
     chosen = get_objective(objective)
     if chosen.language:
         return False
     with quiet():
         config, classes = architectures(checkpoint, chosen)
-    return declared_class(config) not in [cls.__name__ for cls in classes]
+        if declared_class(config) in [cls.__name__ for cls in classes]:
+            return False
+        # Heads of two objectives can have the same names, as those of tokens and of texts.
+        with suppress(Exception), untouched_randomness(0), torch.device("meta"):
+            module = classes[0](config)
+            body = {id(parameter) for parameter in module.base_model.parameters()}
+            head = [name for name, p in module.named_parameters() if id(p) not in body]
+            return not head or not all(name in checkpoint.weights for name in head)
+    return True  # loading says what is wrong with the config
 
 
 def declared_class(config: Any) -> str:

@@ -163,6 +163,12 @@ def _from_transformers(
                 f"all names of the file begin with {outer}, and transformers itself reads them "
                 "only without it"
             )
+        own = checkpoint.config.get("auto_map")
+        if isinstance(own, Mapping) and f"AutoModelFor{objective.auto_class}" in own:
+            notes.append(
+                "the model's own code (auto_map in config.json) is not run: transformers' "
+                f"{cls.__name__} computes instead, which may differ"
+            )
         module, info = _pretrained(cls, config, checkpoint, outer, wanted)
         _check_shapes(info, config, checkpoint)
         layout = layout_of(module, checkpoint)
@@ -276,8 +282,8 @@ def _check_missing(
     if len(head) == len(missing) and declared != name:
         raise InputError(
             f"{where}: {objective.name} needs the head of a {name}, found a "
-            f"{declared or 'model'} without it: {_some(missing)} missing; `consolidate finetune "
-            "--penalty none` trains one"
+            f"{declared or 'model'} without it: {_some(missing)} missing; `consolidate finetune` "
+            "trains one (with --penalty none where there is no Fisher)"
         )
     raise InputError(
         f"{where}: {_some(missing)} missing in the file, but part of a {name}; save the checkpoint "

@@ -121,6 +121,27 @@ def check_model_type(config: Mapping[str, Any], where: str = "config.json") -> N
         )
 
 
+def check_readable(kind: str | None, where: str = "config.json") -> None:
+    """Refuse a ``model_type`` that transformers has for no objective, where it is installed."""
+    try:
+        import transformers
+    except ImportError:
+        return
+    if kind is None:
+        return
+    config = transformers.CONFIG_MAPPING[kind]
+    classes = {one.auto_class for one in OBJECTIVES.values() if one.auto_class is not None}
+    if getattr(config, "is_encoder_decoder", False):
+        classes -= {"CausalLM"}  # which would be the decoder alone, as of Whisper
+    found = (getattr(transformers, f"AutoModelFor{name}")._model_mapping for name in classes)
+    if not any(config in mapping for mapping in found):
+        raise InputError(
+            f"{where}: no objective fits a model of type {kind}, whose inputs or outputs are "
+            "others (such as audio, or texts with images): measure it from Python with "
+            "`fisher_diagonal`"
+        )
+
+
 def _is_causal_alone(config: Mapping[str, Any]) -> bool:
     """Return whether transformers has a type among causal models, and not among encoder-decoders.
 
@@ -164,6 +185,7 @@ def default_objective(config: Mapping[str, Any], factory: bool) -> Objective:
             "a model of transformers needs the config.json that save_pretrained writes"
         )
     check_model_type(config)
+    check_readable(config.get("model_type"))
     what = f"the architecture {architecture}" if architecture else "config.json"
     raise InputError(
         f"{what} does not determine the objective; choose --objective, one of "

@@ -16,6 +16,7 @@ from formats.checkpoint import open_checkpoint
 from formats.hub import locate
 from support import tiny_models
 from support.checkpoints import Write
+from support.loopback_hub import Hub, run
 from support.networks import NETWORK
 from support.tiny_models import change_config
 
@@ -45,6 +46,25 @@ def test_a_config_that_computes_otherwise_is_told(
     (record,) = caplog.records
     assert f"{told}: if the model computes something else now" in record.getMessage()
     assert str(other) in record.getMessage()
+
+
+def test_the_config_beside_a_fisher_on_the_hub_is_compared(
+    measured: Path, tmp_path: Path, hub: Hub
+) -> None:
+    other = shutil.copytree(measured, measured.with_name("other"))
+    tiny_models.byte_tokenizer().save_pretrained(other)
+    change_config(other, activation_function="relu")
+    hub.put("user/name", measured)
+    shutil.copytree(measured / "fisher", tmp_path / "alone" / "fisher")
+    hub.put("user/alone", tmp_path / "alone")
+    (tmp_path / "new.jsonl").write_text('{"text": "the cat"}\n' * 4)
+    words = ("finetune", other, "--data", "new.jsonl", "--ewc-lambda", 1, "--dry-run")
+    for name, told in (("user/name", True), ("user/alone", False)):
+        more = ("--output-dir", "out", "--fisher", name)
+        code, _, err = run(tmp_path, *words, *more, HF_ENDPOINT=hub.address)
+        assert code == 0, err
+        assert ("differs from that in" in err) == told, err
+    assert not hub.sent["model.safetensors"]
 
 
 def test_keys_that_compute_nothing_are_not_told(

@@ -251,6 +251,39 @@ def test_a_bare_encoder_is_sent_to_a_first_task(
         consolidate.finetune(start, data, output_dir=tmp_path / "out", ewc_lambda=1.0, **options)
 
 
+@pytest.mark.parametrize("penalty", ["ewc", "l2"])
+def test_the_fisher_of_a_masked_model_protects_it_under_a_first_head(
+    tmp_path: Path, penalty: str
+) -> None:
+    start = tiny_models.save(
+        tmp_path / "start",
+        transformers.BertForMaskedLM,
+        tiny_models.bert_config(),
+        tiny_models.word_tokenizer(),
+    )
+    old, data = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_models.CORPUS))
+    data.write_text('{"text": "the cat", "label": "yes"}\n{"text": "a dog", "label": "no"}\n')
+    fisher(start, old, task="old")
+    options = {"penalty": penalty, "ewc_lambda": 1e6, "epochs": 20, "learning_rate": 1e-3}
+    first, second = tmp_path / "first", tmp_path / "second"
+    done = consolidate.finetune(
+        start, data, task="new", objective="sequence-classification", output_dir=first, **options
+    )
+    assert 0 < done["penalty_value"] < 1000  # a penalized head would cost 60,000
+    before, after = load_file(start / "model.safetensors"), load_file(first / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before if "cls." in name)
+    ledger = read_fisher(first / "fisher").ledger
+    assert set(after) == set(ledger.fisher) == {*before, *ledger.tasks[1].layers}
+    assert ledger.tasks[1].labels == ["no", "yes"]
+    consolidate.finetune(
+        first, data, task="other", head="new", output_dir=second, evaluate={"new": data}, **options
+    )
+    assert consolidate.verify(start, first, second)["later"][1]["tasks"] == ["old", "new", "other"]
+    assert set(consolidate.evaluate(second, {"new": data})) == {"new"}
+    assert "perplexity" in consolidate.evaluate(second, {"old": old})["old"]
+
+
 def test_a_fisher_from_elsewhere(
     train: Train, network_checkpoint: Path, write_task: Write, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from formats.errors import InputError, UsageError
 from formats.hub import commits_of, locate
 from support import loopback_hub
 from support.checkpoints import Write
-from support.loopback_hub import Hub, run
+from support.loopback_hub import Hub, Repository, run
 from support.networks import make_network
 
 MAKE = "support.networks:make_network"
@@ -37,8 +37,44 @@ def test_a_path_that_begins_with_a_folder_here_is_a_missing_path(
     for name in ("runs/x", "weights.pt", "user/model.safetensors"):
         with pytest.raises(InputError, match=f"^{name}: no such file or folder"):
             locate(name)
-    with pytest.raises(InputError, match=r"folder \(did you mean x-1\?\)"):
+    with pytest.raises(InputError, match=r"folder \(did you mean x-1\?\); not looked for .*@main"):
         locate("runs/x_1")
+
+
+def test_a_folder_named_like_an_owner_does_not_hide_a_revision(
+    wide: Path, tmp_path: Path, hub: Hub
+) -> None:
+    (tmp_path / "user").mkdir()
+    hub.put("user/name", wide)
+    code, _, err = run(tmp_path, "show", "user/name", HF_ENDPOINT=hub.address)
+    assert (code, hub.requests) == (3, [])
+    assert "as there is a folder user here: name a revision, as in user/name@main" in err
+    for words in (("user/name@main",), ("user/name", "--revision", "main")):
+        code, _, err = run(tmp_path, "show", *words, HF_ENDPOINT=hub.address)
+        assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["name-q4.gguf", "onnx/model.onnx"], "found only name-q4.gguf, onnx/model.onnx: name the"),
+        (["unet/model.safetensors", "vae/model.bin"], "found them only in unet/, vae/: download"),
+        (["config.json", "model.safetensors"], "quantized weights (by the quantization_config in"),
+    ],
+)
+def test_weights_that_cannot_be_read_are_refused_before_the_fetch(
+    tmp_path: Path, hub: Hub, files: list[str], told: str
+) -> None:
+    content = json.dumps({"quantization_config": {"bits": 4}}).encode()
+    hub.repositories["user/name"] = Repository({loopback_hub.COMMIT: dict.fromkeys(files, content)})
+    code, _, err = run(
+        tmp_path, "fisher", "user/name", "--data", "x", "--output-dir", "o", HF_ENDPOINT=hub.address
+    )
+    assert code == 3, err
+    assert err.startswith("error: user/name: "), err
+    assert told in err
+    assert "nothing was fetched" in err
+    assert not hub.sent
 
 
 def test_a_misspelt_folder_is_told_before_the_network(tmp_path: Path) -> None:

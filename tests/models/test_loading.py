@@ -315,6 +315,12 @@ def test_a_bare_encoder_gets_a_new_output_layer(tmp_path: Path) -> None:
     assert checkpoint.config.get("id2label") is None
 
 
+def test_a_head_of_the_same_names_is_there(tmp_path: Path) -> None:
+    """Else the words' labels would be renamed to those of texts, and `--head new` be in vain."""
+    folder = save(tmp_path, transformers.BertForTokenClassification, bert_config())
+    assert not lacks_head(open_checkpoint(folder), "sequence-classification")
+
+
 BARE = {
     "bert": (transformers.BertModel, bert_config(), "token-classification"),
     "distilbert": (transformers.DistilBertModel, transformers.DistilBertConfig(**DISTIL), ""),
@@ -522,7 +528,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     (folder / "modeling_trap.py").write_text("raise SystemExit('the trap was run')\n")
     auto_map = {"AutoConfig": "modeling_trap.C", "AutoModelForMaskedLM": "modeling_trap.M"}
     change_config(folder, auto_map=auto_map)
-    load_model(open_checkpoint(folder))  # transformers' own BERT
+    [note] = load_model(open_checkpoint(folder)).notes
+    assert "code (auto_map in config.json) is not run: transformers' BertForMaskedLM" in note
     change_config(folder, model_type="trap", architectures=["TrapForMaskedLM"])
     with pytest.raises(
         InputError, match=r"no model_type 'trap' \(the code .* is never run\).*--model"

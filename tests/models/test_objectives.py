@@ -1,12 +1,19 @@
+import json
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from consolidate.estimation.likelihoods import get_likelihood
+from consolidate.models.loading import load_model
 from consolidate.models.objectives import (
     OBJECTIVES,
     default_objective,
     get_objective,
     settled_objective,
 )
+from formats.checkpoint import open_checkpoint
 from formats.errors import InputError, UsageError
 
 
@@ -17,6 +24,27 @@ def test_a_file_that_transformers_did_not_write_needs_a_factory() -> None:
         default_objective({"width": 5}, factory=False)
     with pytest.raises(InputError, match=r"config\.json does not determine .* --objective"):
         default_objective({"model_type": "bert"}, factory=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        ("wav2vec2", "Wav2Vec2ForCTC"),
+        ("wav2vec2", "Wav2Vec2ForSequenceClassification"),
+        ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+        ("whisper", "WhisperForConditionalGeneration"),
+    ],
+)
+def test_a_model_that_no_objective_fits_is_told_at_once(
+    tmp_path: Path, kind: str, architecture: str
+) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    config = {"model_type": kind, "architectures": [architecture]}
+    config["is_encoder_decoder"] = kind == "whisper"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for objective in (None, "seq2seq-lm", "sequence-classification"):
+        with pytest.raises(InputError, match=r"no objective fits .* with `fisher_diagonal`"):
+            load_model(open_checkpoint(tmp_path), objective=objective)
 
 
 def test_every_objective_has_a_likelihood() -> None:

@@ -17,7 +17,7 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,9 +228,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 {"rfilename": path} | ({"size": len(content)} if sized else {})
                 for path, content in repository.commits[commit].items()
             ]
-            self.reply_json(
-                {"id": name, "sha": commit, "private": repository.private, "siblings": siblings}
-            )
+            answer = {"id": name, "sha": commit, "private": repository.private}
+            if (config := repository.commits[commit].get("config.json")) is not None:
+                with suppress(ValueError):
+                    answer["config"] = json.loads(config)
+            self.reply_json({**answer, "siblings": siblings})
 
     def tree(self, query: Any, kind: str, name: str, revision: str, path: str = "") -> None:
         if not (found := self.at(kind, name, revision)):
