@@ -436,12 +436,12 @@ def _measured(
             if error.result is not None:
                 try:
                     _report(name, error.result, metrics, trackers)
-                except InputError as lost:  # the gate says more
+                except (InputError, OSError) as lost:  # the gate says more
                     LOG.warning("%s", lost)
             raise
         try:
             _report(name, result, metrics, trackers)
-        except InputError:
+        except (InputError, OSError):
             show(result)
             raise
         return result
@@ -483,7 +483,7 @@ def _report(
             LOG.info("%s was not written: a dry run measures nothing", metrics)
         return
     numbers = getattr(metrics_view, f"{command}_metrics")(result)
-    if metrics is not None:
-        metrics_view.write_metrics(metrics, numbers)
     for tracker in trackers:
         report(tracker, result, numbers)
+    if metrics is not None:
+        metrics_view.write_metrics(metrics, numbers)

@@ -100,7 +100,7 @@ def locate(
         files = _names(info)
         _refuse_large(info)
         if only is None and not any(PurePosixPath(file).name == "fisher.json" for file in files):
-            _refuse_unreadable(info, files)
+            _refuse_unreadable(info, files, revision)
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
         pickles = [f for f in files if f.endswith(PICKLE_SUFFIXES) and not _MODULE.match(f)]
         standard = {"model.safetensors", "model.safetensors.index.json"}.intersection(files)
@@ -199,17 +199,21 @@ def _refuse_large(info: ModelInfo) -> None:
             )
 
 
-def _refuse_unreadable(info: ModelInfo, files: Sequence[str]) -> None:
+def _refuse_unreadable(info: ModelInfo, files: Sequence[str], revision: str | None) -> None:
     """Refuse quantized weights, and those of other programs or in folders, before the fetch."""
-    config = info.config if isinstance(info.config, dict) else {}
+    # what the Hub says of the config may be of the main branch
+    config = info.config if isinstance(info.config, dict) and revision in (None, "main") else {}
     if "config.json" in files and (why := quantized_by(config)) is not None:
         raise InputError(f"{why}; nothing was fetched")
-    weights = [f for f in files if f.endswith((".safetensors", ".index.json", *PICKLE_SUFFIXES))]
+    readable = (".safetensors", ".index.json", *PICKLE_SUFFIXES)
+    weights = [
+        f for f in files if f.endswith(readable) and not f.startswith(("onnx/", "openvino/"))
+    ]
     if any("/" not in file for file in weights):
         return
     if folders := dict.fromkeys(f"{PurePosixPath(file).parent}/" for file in weights):
         raise InputError(
-            f"expected weights beside config.json, found them only in {few([*folders], 4)}: "
+            f"expected weights at the root, found them only in {few([*folders], 4)}: "
             "download one of these folders and name it; nothing was fetched"
         )
     if others := [file for file in files if file.endswith(_OTHER_WEIGHTS)]:

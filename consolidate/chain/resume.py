@@ -35,6 +35,8 @@ from formats.partial_work import StoredWork, read_partial, remove_partial, write
 LOG = logging.getLogger("consolidate")
 WORK_TO_SAVING = 9.0
 """The next save waits at least this many times as long as the last one took."""
+LONGEST_WAIT = 12.0
+"""But no longer than this many times `every`: a save may be slow by chance."""
 RETRY_SECONDS = 60.0
 """At least so long after a save that failed the next one is tried, but for a stop."""
 
@@ -140,7 +142,8 @@ class KeptWork:
         self._failed = False
         self._last = now = self._clock()
         if self._every > 0:
-            self._last += max(0.0, WORK_TO_SAVING * (now - began) - self._every)
+            wait = min(WORK_TO_SAVING * (now - began), LONGEST_WAIT * self._every)
+            self._last += max(0.0, wait - self._every)
         return True
 
     def can_keep(self, stop: BaseException, *, gathers: bool = False) -> bool:

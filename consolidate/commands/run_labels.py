@@ -40,10 +40,10 @@ def check_labels_of_run(
             return
         columns, head = columns_of(options.encoding.columns, task_file.columns()), options.head.head
         with located(place):
-            if head == "new":
-                known = label_values(rows, name, columns)
-            elif first and not options.source.model and lacks_head(start, name):
+            if first and not options.source.model and lacks_head(start, name):
                 known = label_names(rows, name, columns)
+            elif head == "new":
+                known = label_values(rows, name, columns)
             elif known is not None:
                 found = label_values(rows, name, columns, used=True)
                 if head == "keep":

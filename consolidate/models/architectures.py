@@ -15,6 +15,7 @@ from consolidate.models.objectives import (
     check_readable,
     get_objective,
 )
+from consolidate.models.tensor_names import outer_prefix
 from consolidate.runtime.quiet import quiet
 from consolidate.runtime.randomness import untouched_randomness
 from formats.checkpoint import Checkpoint
@@ -89,7 +90,7 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
 
 
 def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
-    """Return whether a checkpoint lacks the head (output layer), by its config and its tensors."""
+    """Return whether a checkpoint has nothing of the head, by its config and its tensors."""
     chosen = get_objective(objective)
     if chosen.language:
         return False
@@ -102,7 +103,9 @@ def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
             module = classes[0](config)
             body = {id(parameter) for parameter in module.base_model.parameters()}
             head = [name for name, p in module.named_parameters() if id(p) not in body]
-            return not head or not all(name in checkpoint.weights for name in head)
+            weights = (checkpoint.base or checkpoint).weights
+            outer = outer_prefix(weights, module.base_model_prefix)
+            return not any(outer + name in weights for name in head)
     return True  # loading says what is wrong with the config
 
 

@@ -280,6 +280,13 @@ def _check_missing(
         return
     name = type(module).__name__
     if len(head) == len(missing) and declared != name:
+        others = (n for n, _ in module.named_parameters() if not n.startswith(in_body))
+        if any(n not in info["missing_keys"] for n in others):
+            raise InputError(
+                f"{where}: {_some(missing)} missing, which a {name} has; other tensors have the "
+                f"names of its head: start from the model that this {declared or 'one'} was "
+                "trained from"
+            )
         raise InputError(
             f"{where}: {objective.name} needs the head of a {name}, found a "
             f"{declared or 'model'} without it: {_some(missing)} missing; `consolidate finetune` "

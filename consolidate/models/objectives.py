@@ -138,7 +138,7 @@ def check_readable(kind: str | None, where: str = "config.json") -> None:
         raise InputError(
             f"{where}: no objective fits a model of type {kind}, whose inputs or outputs are "
             "others (such as audio, or texts with images): measure it from Python with "
-            "`fisher_diagonal`"
+            "`fisher_diagonal`, or name a module of your own with --model"
         )
 
 

@@ -315,9 +315,30 @@ def test_a_bare_encoder_gets_a_new_output_layer(tmp_path: Path) -> None:
     assert checkpoint.config.get("id2label") is None
 
 
-def test_a_head_of_the_same_names_is_there(tmp_path: Path) -> None:
-    """Else the words' labels would be renamed to those of texts, and `--head new` be in vain."""
-    folder = save(tmp_path, transformers.BertForTokenClassification, bert_config())
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_another_head_of_the_same_names_is_not_taken_for_ones_own(
+    tmp_path: Path, kind: str
+) -> None:
+    """Its labels would be renamed, and a part of it be trained on as if it were new."""
+    model, config = {
+        "bert": (transformers.BertForTokenClassification, bert_config()),
+        "distilbert": (
+            transformers.DistilBertForTokenClassification,
+            transformers.DistilBertConfig(**DISTIL),
+        ),
+    }[kind]
+    source = open_checkpoint(save(tmp_path, model, config))
+    assert not lacks_head(source, "sequence-classification")
+    with pytest.raises(InputError, match="other tensors have the names of its head: start from"):
+        load_model(source, objective="sequence-classification")
+
+
+def test_a_head_under_the_names_of_a_wrapper_is_there(tmp_path: Path) -> None:
+    folder = save(tmp_path, transformers.BertForSequenceClassification, bert_config())
+    weights = load_file(folder / "model.safetensors")
+    wrapped = {f"module.{name}": values for name, values in weights.items()}
+    save_file(wrapped, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, architectures=["BertModel"])
     assert not lacks_head(open_checkpoint(folder), "sequence-classification")
 
 
