@@ -157,7 +157,7 @@ def test_parts_without_the_others_are_refused(found: Found) -> None:
 def test_where_one_part_cannot_be_kept_none_is(found: Found) -> None:
     undisturbed = found["shards"]["undisturbed"]
     assert undisturbed["codes"] == [0, 0]
-    note = "the training continues without: another process could not save its part"
+    note = "the training continues: another process could not save its part"
     assert undisturbed["said"].count(note) == 1
 
 
