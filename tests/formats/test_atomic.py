@@ -549,11 +549,13 @@ def test_what_a_file_system_keeps_of_a_removed_file_is_no_content(tmp_path):
     assert has_content(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every file")
-def test_the_claim_of_another_user_is_named(tmp_path):
+def test_the_claim_of_another_user_is_named(tmp_path, monkeypatch):
+    def denied(path, cleanup):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
     claim = tmp_path / ".out.consolidate-claim"
     claim.touch()
-    claim.chmod(0)
+    monkeypatch.setattr(atomic, "lock_soon", denied)
     with (
         pytest.raises(InputError, match=f"{claim} was left by another user"),
         claimed(tmp_path / "out"),
