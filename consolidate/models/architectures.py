@@ -90,7 +90,7 @@ def architectures(checkpoint: Checkpoint, objective: Objective) -> tuple[Any, li
 
 
 def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
-    """Return whether a checkpoint has nothing of the head, by its config and its tensors."""
+    """Return whether a checkpoint lacks the output layer, by its config and its tensors."""
     chosen = get_objective(objective)
     if chosen.language:
         return False
@@ -98,14 +98,15 @@ def lacks_head(checkpoint: Checkpoint, objective: str) -> bool:
         config, classes = architectures(checkpoint, chosen)
         if declared_class(config) in [cls.__name__ for cls in classes]:
             return False
-        # Heads of two objectives can have the same names, as those of tokens and of texts.
+        # Heads of two objectives can have the same names, as those of tokens and of texts; others
+        # have a layer before the last in common, as ModernBERT's.
         with suppress(Exception), untouched_randomness(0), torch.device("meta"):
             module = classes[0](config)
             body = {id(parameter) for parameter in module.base_model.parameters()}
             head = [name for name, p in module.named_parameters() if id(p) not in body]
             weights = (checkpoint.base or checkpoint).weights
             outer = outer_prefix(weights, module.base_model_prefix)
-            return not any(outer + name in weights for name in head)
+            return not head or outer + head[-1] not in weights
     return True  # loading says what is wrong with the config
 
 

@@ -280,8 +280,8 @@ def _check_missing(
         return
     name = type(module).__name__
     if len(head) == len(missing) and declared != name:
-        others = (n for n, _ in module.named_parameters() if not n.startswith(in_body))
-        if any(n not in info["missing_keys"] for n in others):
+        outside = [n for n, _ in module.named_parameters() if not n.startswith(in_body)]
+        if outside and outside[-1] not in info["missing_keys"]:  # the output layer
             raise InputError(
                 f"{where}: {_some(missing)} missing, which a {name} has; other tensors have the "
                 f"names of its head: start from the model that this {declared or 'one'} was "

@@ -333,6 +333,19 @@ def test_another_head_of_the_same_names_is_not_taken_for_ones_own(
         load_model(source, objective="sequence-classification")
 
 
+def test_a_head_that_shares_a_layer_with_another_is_lacking(tmp_path: Path) -> None:
+    config = transformers.ModernBertConfig(
+        vocab_size=28, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    source = open_checkpoint(save(tmp_path, transformers.ModernBertForMaskedLM, config))
+    assert "head.dense.weight" in source.weights
+    assert lacks_head(source, "sequence-classification")
+    load_model(source, objective="sequence-classification", new_labels=["a", "b"])
+    with pytest.raises(InputError, match="`consolidate finetune` trains one"):
+        load_model(source, objective="sequence-classification")
+
+
 def test_a_head_under_the_names_of_a_wrapper_is_there(tmp_path: Path) -> None:
     folder = save(tmp_path, transformers.BertForSequenceClassification, bert_config())
     weights = load_file(folder / "model.safetensors")
