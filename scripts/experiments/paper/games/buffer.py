@@ -49,11 +49,6 @@ class Buffer:
         self._cut = np.zeros(self._length, bool)  # steps that the next one does not follow
         self._count = 0  # steps that were ever stored, of each copy
 
-    @property
-    def memory(self) -> int:
-        """Bytes of all frames."""
-        return self._frames.nbytes
-
     def __len__(self) -> int:
         whole = self._count - 1 - self._oldest() - int(self._cut.sum())
         return max(0, whole) * self._frames.shape[1]

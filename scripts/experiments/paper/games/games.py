@@ -103,7 +103,7 @@ ATARI_BASE = Settings(
     convolutions=PUBLISHED.convolutions,
     hidden=PUBLISHED.hidden,
     learning=Learning(
-        learning_rate=2.5e-4, target_updates=7500 // 4, least=50_000, epsilon=0.01,
+        learning_rate=2.5e-4, target_updates=7500 // 4, least=50_000 // 4, epsilon=0.01,
         epsilon_steps=1_000_000,
     ),
     ewc_lambda=400.0,

@@ -1,7 +1,7 @@
 """The page of the games: scores over time, what was recognised, what the Fisher knows."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from scripts.experiments.paper.games.protocol import (
     JOINT,
     L2,
     NONE,
+    PROTECTED,
     RECOGNISED,
     SEARCH,
     SINGLE,
@@ -59,17 +60,21 @@ from scripts.experiments.paper.weight_noise import SHAPED, UNIFORM
 REACHED = 20_000_000
 """Frames of a game after which the published EWC is on, four to a step: as far as published."""
 COLOUR = dict(zip(METHODS, ("#666666", *COLOURS), strict=False))
+COLUMNS = (
+    "frames", "method", "penalty", "likelihood", "lambda", "seed", "step", "game", "return"
+)  # fmt: skip
 TEXT = """
 {s[games]} games in sequence, {s[visits]} visits to each in a random order, {s[stretch]:,} steps a
 visit on average ({low:,} to {high:,}); all methods but joint training see the same stretches.
 Double DQN sees one screen: {network}. All games share the weights; each has its own gains and
 biases in every layer, its own replay buffer of {s[capacity]:,} steps, learned from while it is
 played, and its own ε, which falls from 1 to {s[epsilon]:g} in its first {s[epsilon_steps]:,} steps.
-All methods have these, also no protection; all but the recogniser's are told the game, also when
-they are scored. {s[copies]} copies of a game step together, and one minibatch of {s[batch_size]} is
-learned for {s[copies]} steps. Adam at {s[learning_rate]:g}, γ {s[discount]:g}, rewards clipped to
-±1, target network copied every {s[target_updates]} updates; Adam's moments and the target network
-go on from game to game.{occupied}
+All methods have these, also no protection; only with shared gains and biases those are one for all
+games. All methods but the recogniser's are told the game, also when they are scored. {s[copies]}
+copies of a game step together, and one minibatch of {s[batch_size]} is learned for {s[copies]}
+steps. Adam at {s[learning_rate]:g}, γ {s[discount]:g}, rewards clipped to ±1, target network copied
+every {s[target_updates]} updates (of all games together in joint training); Adam's moments and the
+target network go on from game to game.{occupied}
 
 A game's score is (return − random) / (single − random), clipped to 0 … 1 at each look, where single
 is an agent that plays this game alone for {alone:,} steps, mean over the last third of its looks
@@ -112,14 +117,7 @@ penalty is the sum over all other games, merged by the rule separate. A game's o
 are outside both. L2 is the same with a Fisher of 1. DQN has no likelihood: `gaussian` takes all Q
 values as means of variance 1, `softmax` takes Q/τ as logits, τ = {s[temperature]:g}. The loss is
 Huber's, of the action that was taken, and the penalty's gradient passes through Adam: so λ = 1 is
-not a scale of its own. λ and the likelihood are those with the best mean score over the second half
-of a run of {searched}, one seed that is not a row's ({cost:.1f} hours of processor time in all),
-against the last three looks of the first seed's single agents; the game that is not played counts
-four times, since four of five are not played in the rows. The penalty is over one other game there,
-over all others in the rows. One seed does not tell neighbouring strengths apart. They are fixed for
-all rows, also for those with other heads, gains or frames:
-
-{search}
+not a scale of its own.{search}
 
 Other than published: the penalty holds from the first switch, not after 20 million frames; Adam
 takes the place of RMSProp; a run has {s[visits]} visits of each game; scores are in units of a
@@ -133,6 +131,15 @@ single agent, not of a human.
 
 {atari}
 """
+SEARCH_TEXT = """ λ and the likelihood are those with the best mean score over the second half
+of a run of {searched}, one seed that is not a row's ({cost:.1f} hours of processor time in all),
+against the last three looks of the first seed's single agents; the game that is not played counts
+four times, since four of five are not played in the rows. EWC has had more trials than L2, whose
+best is hardly above no protection there. The penalty is over one other game there, over all others
+in the rows. One seed does not tell neighbouring strengths apart. They are fixed for all rows, also
+for those with other heads, gains or frames:
+
+{table}"""
 OCCUPIED_TEXT = """ Where cells are only occupied or not, it sees the last four screens,
 in which the gold and the enemies of asterix look alike."""
 OVERLAP = """
@@ -162,13 +169,14 @@ There is room for {most} contexts.
 {choice}
 A window's steps go into the buffer of the context that it is found to be of; while it lasts, the
 agent plays and learns in the context before. To measure a score, each episode takes the context
-that its own frames so far fit best. A context is remembered once it has had {least:,} steps; a new
-one begins with ε near 1 and the steps of its window. λ was found with true labels; each context
-that is too many adds a penalty. Purity is the share of time in which the game is the one that the
-present context has seen most, before the window that tells has ended too. A switch is found if the
-context changes before the next one; the delay is to the end of the window that tells, in steps of
-all copies. All other changes are false alarms, which is what tells against a context that changes
-all the time.{beside} Means over seeds:
+that its own frames so far fit best. A context is remembered once it has had {least:,} steps, and
+anew once it has had as many more; a new one begins with ε near 1 and the steps of its window. λ was
+found with true labels; each context that is too many adds a penalty, and a buffer of its own.
+Purity is the share of time in which the game is the one that the present context has seen most,
+before the window that tells has ended too. A switch is found if the context changes before the next
+one; the delay is to the last step of the window that tells, in steps of all copies. All other
+changes are false alarms, which is what tells against a context that changes all the time.{beside}
+Means over seeds:
 
 {table}
 
@@ -212,9 +220,10 @@ MACHINE = """
 ## Atari
 
 The same program with `--suite atari` (84 × 84, four frames, the published network) took {steps:,}
-steps with {updates:,} updates at {speed:.0f} steps a second, the Fishers included. {games} games of
-{frames:,} frames each, after which the published EWC is on, would take {hours:,.0f} hours for a row
-and seed on one such core; the buffers of {games} games hold {memory:.1f} GB.
+steps with {updates:,} updates at {speed:.0f} steps a second, Fishers and looks included. {games}
+games of {frames:,} frames each, after which the published EWC is on, would take {hours:,.0f} hours
+of play for a row and seed on one such core, and its looks up to a quarter more; the buffers of
+{games} games hold {memory:.1f} GB.
 """
 
 
@@ -236,12 +245,12 @@ def report(
         planned: The rows of each view.
     """
     main = [r for r in records if not _is_machinery(r, name)]
-    rows = _rows(main, name, seeds)
+    rows = _rows(main, name, seeds, {method for some in planned.values() for method in some})
     played = [r for r in records if r.unit.method != SEARCH]
     if not played:
         return Findings("", rows)
     text = "\n\n".join(_atari(r) for r in played if _is_machinery(r, name))
-    write_csv(folder, name, ["frames", "method", "seed", "step", "game", "return"], _lines(main))
+    write_csv(folder, name, COLUMNS, _lines(main))
     _draw_sums(main, folder, name)
     if views(main):
         text = _whole(main, folder, name, seeds, planned, text)
@@ -290,9 +299,7 @@ def _whole(
         claims=_claims(main, seeds),
         returns=_returns(main),
         kept=_kept(main),
-        searched=_searched(searches[0].unit.settings) if searches else "–",
-        cost=sum(r.processor_seconds or r.seconds for r in searches) / 3600,
-        search=_search(searches),
+        search=_search(searches) if searches else f" λ = {settings.ewc_lambda:g}, as published.",
         overlap=_overlap(main, folder, name),
         recognition=_recognition(main, folder, name),
         noise=_noise(main, folder, name),
@@ -383,7 +390,7 @@ def _returns(records: Sequence[Record]) -> str:
     lines = []
     for view in views(records):
         found, alone = references(records, view), singles(records, view)
-        games = list(found)
+        games = sorted(found)
         at_once = after_as_many_steps(records, view)
         every = {game: mean([single_return(one) for one in alone[game]]) for game in games}
         lines += [
@@ -413,7 +420,7 @@ def _kept(records: Sequence[Record]) -> str:
 
 def _searched(settings: Mapping[str, Any]) -> str:
     games = " and ".join(settings["games"])
-    return f"{games}, {settings['visits']} visits of {settings['stretch']:,} steps each"
+    return f"{games}, {settings['visits']} visits of {settings['stretch']:,} steps on average"
 
 
 def _search(searches: Sequence[Record]) -> str:
@@ -424,7 +431,11 @@ def _search(searches: Sequence[Record]) -> str:
         penalty = f"EWC, {values['likelihood']}" if searched == EWC else searched
         strength, score = f"{values['ewc_lambda']:g}", f"{one.figures['validation']:.3f}"
         lines.append([penalty, strength, score])
-    return markdown(["penalty", "λ", "mean score"], lines)
+    return SEARCH_TEXT.format(
+        searched=_searched(searches[0].unit.settings),
+        cost=sum(r.processor_seconds or r.seconds for r in searches) / 3600,
+        table=markdown(["penalty", "λ", "mean score"], lines),
+    )
 
 
 def _place(record: Record) -> tuple[int, str, float]:
@@ -435,9 +446,17 @@ def _place(record: Record) -> tuple[int, str, float]:
 def _lines(records: Sequence[Record]) -> Iterable[list[Any]]:
     for record in records:
         settings, games = record.unit.settings, record.unit.settings["games"]
+        method, seed = record.unit.method, record.unit.seed
+        penalty: list[Any] = ["", "", ""]
+        if method in PROTECTED or method == SEARCH:
+            searched = settings.get("searched", method)
+            penalty = [searched, settings["likelihood"], settings["ewc_lambda"]]
+        if method == SINGLE:
+            random = record.figures["random"]
+            yield [settings["view"], "random actions", *penalty, seed, 0, games[0], random]
         for step, *found in record.figures["looks"]:
             for game, value in zip(games, found, strict=True):
-                yield [settings["view"], record.unit.method, record.unit.seed, step, game, value]
+                yield [settings["view"], method, *penalty, seed, step, game, value]
 
 
 def _draw_sums(records: Sequence[Record], folder: Path, name: str) -> None:
@@ -651,7 +670,7 @@ def _atari(record: Record) -> str:
     ).strip()
 
 
-def _rows(records: Sequence[Record], name: str, seeds: int) -> list[Row]:
+def _rows(records: Sequence[Record], name: str, seeds: int, planned: Collection[str]) -> list[Row]:
     """Write the lines of the table that sets the figures beside the paper's."""
     view = (views(records) or [CHANNELS])[0]
     verdicts = {
@@ -667,6 +686,8 @@ def _rows(records: Sequence[Record], name: str, seeds: int) -> list[Row]:
     prefix = name.replace("-", ", ")
     rows = []
     for method, (claim, reason) in published.items():
+        if method not in planned:
+            continue
         row = Row(f"{prefix}: {method}, sum of scores in the last third", claim)
         if view in views(records) and (found := lasts(records, view, method)):
             done = f"{len(found)} of {seeds} seeds"

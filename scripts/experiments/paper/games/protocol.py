@@ -1,7 +1,5 @@
 """The sequence of games: what is played when, what is remembered at a switch, what is measured."""
 
-import math
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,7 +36,7 @@ from scripts.experiments.paper.games.recogniser import (
     recognition,
     values_of,
 )
-from scripts.experiments.paper.weight_noise import SHAPED, UNIFORM, deviations
+from scripts.experiments.paper.weight_noise import SHAPED, UNIFORM, with_noise
 
 SEARCH = "search"
 SINGLE = "a single game"
@@ -113,7 +111,7 @@ def schedule(settings: Settings, seed: int) -> list[Stretch]:
     """Draw the stretches: every game as often and as long as any other, in a random order.
 
     Each round has all games once; a round does not begin with the game that ended the one before.
-    The lengths of a game's stretches differ by up to a quarter of the mean.
+    A game's lengths are drawn within a quarter of the mean, then scaled to the sum of all games.
 
     Args:
         settings: Of the games, visits and steps.
@@ -258,8 +256,6 @@ class Run:
         self.context = -1
         self.steps = 0
         self.looks: list[list[float]] = []
-        self.switches: list[dict[str, Any]] = []  # at each: what was measured, and what holds
-        self.seconds = {"looks": 0.0, "Fisher": 0.0}
         self._waiting: list[tuple[Any, ...] | None] = []  # steps of no context yet; None: a cut
 
     def _game(self, game: int, seed: Sequence[int]) -> Any:
@@ -374,7 +370,6 @@ class Run:
             return
         if context.steps - context.measured < settings.least_steps or not len(context.buffer):
             return
-        began = time.process_time()
         shared = self.agent.network.shared()
         if self.method == L2:
             context.fisher = {name: torch.ones_like(p) for name, p in shared.items()}
@@ -382,15 +377,6 @@ class Run:
             context.fisher = self.fisher(context)
         context.anchor = weights_of(shared)
         context.measured = context.steps
-        self.switches.append(
-            {
-                "step": self.steps,
-                "context": self.context,
-                "traces": {name: float(values.sum()) for name, values in context.fisher.items()},
-                "penalty": 0.0 if self.agent.penalty is None else self.agent.penalty.value(),
-            }
-        )
-        self.seconds["Fisher"] += time.process_time() - began
 
     def fisher(self, context: Context) -> dict[str, Tensor]:
         """Measure the Fisher of the shared parameters on minibatches of a buffer."""
@@ -412,12 +398,10 @@ class Run:
 
     def look(self) -> None:
         """Measure the returns of all games."""
-        began = time.process_time()
         found = [self.score(game) for game in range(len(self.games))]
         self.looks.append([self.steps, *found])
         if self.context >= 0:
             self.agent.network.enter(self.context)
-        self.seconds["looks"] += time.process_time() - began
 
     def score(self, game: int, *, random: bool = False) -> float:
         """Return a game's mean return over episodes with the best actions, or with random ones.
@@ -488,38 +472,18 @@ def measure_sequence(settings: Settings, method: str, seed: int) -> Figures:
 
 
 def _common(run: Run) -> Figures:
-    return {
-        "looks": run.looks,
-        "steps": run.steps,
-        "updates": run.agent.updates,
-        "seconds of looks": run.seconds["looks"],
-        "seconds of Fishers": run.seconds["Fisher"],
-        "switches": run.switches,
-        "buffers, bytes": sum(one.buffer.memory for one in run.contexts.values()),
-    }
+    return {"looks": run.looks, "steps": run.steps, "updates": run.agent.updates}
 
 
 def _noisy(run: Run) -> Figures:
     """Measure returns with noise on the shared weights, uniform and shaped by the Fisher."""
     settings = run.settings
-    fisher = run.fisher(run.contexts[0])
-    shared = run.agent.network.shared()
-    weights = weights_of(shared)
-    generator = torch.Generator().manual_seed(run.seed)
-    found: dict[str, list[float]] = {}
-    for kind in (UNIFORM, SHAPED):
-        spread = deviations(fisher, kind)
-        found[kind] = []
-        for size in settings.noise:
-            returns = []
-            for _ in range(settings.noise_draws):
-                with torch.no_grad():
-                    for name, p in shared.items():
-                        noise = torch.randn(p.shape, generator=generator)
-                        p.copy_(weights[name] + size * spread[name] * noise)
-                returns.append(run.score(0))
-            found[kind].append(math.fsum(returns) / len(returns))
-    with torch.no_grad():
-        for name, p in shared.items():
-            p.copy_(weights[name])
-    return found
+    return with_noise(
+        run.agent.network.shared(),
+        run.fisher(run.contexts[0]),
+        (UNIFORM, SHAPED),
+        settings.noise,
+        settings.noise_draws,
+        run.seed,
+        lambda: run.score(0),
+    )

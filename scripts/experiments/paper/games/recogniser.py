@@ -106,10 +106,6 @@ class Recogniser:
         """Contexts, and the hold-out while there is room for another."""
         return self.contexts + (self.contexts < self._settings.most)
 
-    def posterior(self) -> NDArray[np.float64]:
-        """Return the probability of each context, and of the hold-out while there is one."""
-        return np.exp(self._weights)
-
     def log_frequencies(self) -> NDArray[np.float64]:
         """Return the log of how often each context shows a value, (contexts, pixels, values).
 
