@@ -503,6 +503,10 @@ def test_a_look_takes_the_context_that_the_episode_so_far_fits_best(
     halves = np.array_split([rows.tolist() for rows in entered], 2)
     for context, found in zip(own, halves, strict=True):
         assert (found == context).all()
+    run.contexts[1].steps = run.settings.least_steps - 4  # too few to be remembered
+    entered.clear()
+    run.score(1)
+    assert {row for rows in entered for row in rows.tolist()} == {0}
 
 
 @pytest.mark.parametrize("view", [CHANNELS, OCCUPIED])

@@ -406,7 +406,10 @@ class Run:
     def score(self, game: int, *, random: bool = False) -> float:
         """Return a game's mean return over episodes with the best actions, or with random ones.
 
-        With the recogniser each episode takes the context that its frames so far fit best.
+        With the recogniser each episode takes the context that its frames so far fit best, of those
+        that have had as many steps as one must have to be remembered: the window in which a game
+        comes back may be a context by itself, which knows the first frames best and has learned
+        nothing.
         """
         settings = self.settings
         count = settings.random_copies if random else settings.look_copies
@@ -420,6 +423,10 @@ class Run:
         else:
             known = self.recognised.leading.log_frequencies()
             fits = np.zeros((count, len(known)))
+            least = settings.least_steps
+            brief = [k for k, one in self.contexts.items() if one.steps < least]
+            if len(brief) < len(known):
+                fits[:, brief] = -np.inf
         running, returns = np.ones(count, bool), np.zeros(count)
         for _ in range(settings.look_steps):
             if random:
