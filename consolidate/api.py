@@ -111,7 +111,7 @@ def fisher(
             are then sampled again, from the model itself.
         save_generated: Write the texts to FILE as JSON Lines; they are not stored otherwise.
         columns: Names of the columns by role; None stands for the usual ones.
-        split: Split of a dataset with several splits.
+        split: Split of `data`, a dataset with several.
         max_length: Truncate texts to this many tokens. (default: the model's limit)
         pack: Fill each sequence with consecutive texts (language models).
         loss_on: Tokens that a causal language model predicts: the assistant's turns of chats, the
@@ -302,7 +302,7 @@ def finetune(
         output_dir: Where to write the new checkpoint, whose Fisher covers the new task too.
         task: Name of the task. (default: that of the data)
         columns: Names of the columns by role; None stands for the usual ones.
-        split: Split of a dataset with several splits.
+        split: Split of `data`, a dataset with several.
         max_length: Truncate texts to this many tokens. (default: the model's limit)
         pack: Fill each sequence with consecutive texts (language models).
         loss_on: Tokens that a causal language model predicts: the assistant's turns of chats, the
@@ -418,7 +418,7 @@ def finetune(
         no_fisher: Do not measure the new task's Fisher: the ledger lists the task as not measured.
             The next finetune can measure it with `measure`.
         measure: First measure the Fisher of the checkpoint's last task, which `no_fisher` left out,
-            on that task's data, with the options of this command.
+            on that task's data, with the options of this command except `split`.
         merge_rule: online: protect all tasks around the new weights; separate: protect each task
             around the weights it was learned at. (default: that of the earlier tasks, else online)
         gamma: Share of the earlier Fisher that online keeps. (default: that of the earlier tasks,
@@ -511,7 +511,7 @@ def evaluate(
             path of a task file (.yaml; its functions are run).
         task: Use the head of this task for all data.
         columns: Names of the columns by role; None stands for the usual ones.
-        split: Split of a dataset with several splits.
+        split: Split of `data`, a dataset with several.
         max_length: Truncate texts to this many tokens. (default: the model's limit)
         pack: Fill each sequence with consecutive texts (language models).
         loss_on: Tokens that a causal language model predicts: the assistant's turns of chats, the
@@ -683,7 +683,7 @@ def show(
     are then those of the ledger, Σ_t γ^(T − t) w_t tr F_t, and the largest values are unknown.
 
     Args:
-        checkpoint: A folder, a weights file, or a repository on the Hub.
+        checkpoint: A folder or a repository on the Hub, with its Fisher.
         revision: Branch, tag or commit of the checkpoint on the Hub.
         top: Number of parameters to list.
         csv: Write the accuracy matrix and the curves over training steps to FILE.
@@ -724,7 +724,7 @@ def report(
     Files of an earlier report are replaced, others only with `overwrite`.
 
     Args:
-        checkpoint: A folder, a weights file, or a repository on the Hub.
+        checkpoint: A folder or a repository on the Hub, with its Fisher.
         output: Where to write the report. (default: NAME-report.html in the current folder)
         plots: Write the figures here too, as SVG and PNG (needs matplotlib).
         search: Show the search for λ in this JSON output of `finetune`.
@@ -802,7 +802,7 @@ def push(
     unchanged, and pushing again sends only what is missing.
 
     Args:
-        checkpoint: A folder, a weights file, or a repository on the Hub.
+        checkpoint: A folder or a repository on the Hub, with its Fisher.
         repository: Where to, such as user/model; created if it does not exist.
         public: Create the repository as public, and allow pushing to a public one.
         create_pr: Open a pull request instead of committing.

@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         _exit(141)  # click wraps a closed pipe, and would exit with 1
     except Exception as error:
+        if isinstance(error, OSError) and isinstance(error.__context__, KeyboardInterrupt):
+            _fail("interrupted", 130, state)  # click writes a line end first, which failed
         if state.get("debug"):
             traceback.print_exc()
         message, code = _explain(error)
@@ -113,7 +115,8 @@ def _hide_transfers() -> None:
 def _fail(message: str, code: int, state: dict[str, bool]) -> NoReturn:
     """Report what failed, also as JSON on stdout where that is wanted and nothing was written."""
     kind = "" if code > 128 else "error: "
-    click.echo(plain(f"{kind}{message}"), err=True)
+    with suppress(OSError):  # the code says it too
+        click.echo(plain(f"{kind}{message}"), err=True)
     if state.get("json") and not state.get("written"):
         with suppress(OSError):  # stderr has it
             click.echo(_json({"status": "failed", "exit_code": code, "error": message}))
@@ -151,13 +154,14 @@ def _no_memory(error: RuntimeError) -> bool:
 
 
 def _exit(code: int) -> NoReturn:
-    try:
-        if sys.stdout is not None:  # closed before the start
-            sys.stdout.flush()
-    except OSError:
-        code = code or 141
-        with suppress(OSError, ValueError):  # what is left unwritten would fail again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream, unwritten in ((sys.stdout, 141), (sys.stderr, 0)):
+        try:
+            if stream is not None:  # closed before the start
+                stream.flush()
+        except OSError:
+            code = code or unwritten
+            with suppress(OSError, ValueError):  # what is left would fail again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
@@ -176,11 +180,13 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     if ask(reason):
         again = b"" if several or reason is Terminated else b"; press Ctrl-C again to exit at once"
         if rank() == 0 and first:
-            os.write(2, b"stopping at the next point to resume from%s\n" % again)
+            with suppress(OSError):  # a closed pipe
+                os.write(2, b"stopping at the next point to resume from%s\n" % again)
         return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"interrupted\n" if signum == signal.SIGINT else b"terminated\n")
+            with suppress(OSError):
+                os.write(2, b"interrupted\n" if signum == signal.SIGINT else b"terminated\n")
             os._exit(128 + signum)
         if frame.f_code.co_name == "__del__":
             threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
@@ -199,7 +205,11 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     ),
     epilog="`consolidate COMMAND --help` lists the options of a command.",
 )
-@click.version_option(package_name="consolidate-ewc", prog_name="consolidate")
+@click.version_option(
+    package_name="consolidate-ewc",
+    prog_name="consolidate",
+    allow_from_autoenv=False,  # a pipeline's own variable would end every command
+)
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Fine-tune checkpoints with less forgetting of earlier tasks.
@@ -241,7 +251,8 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(plain(self.format(record)), file=sys.stderr)
+        with suppress(OSError):  # a log on a full disk ends no training
+            tqdm.write(plain(self.format(record)), file=sys.stderr)
 
 
 class _Command(cloup.Command):

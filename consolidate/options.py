@@ -59,9 +59,12 @@ def read_weight(text: str) -> float | str:
         raise ValueError("expected a number, units or trace") from None
 
 
-def _checkpoint() -> Any:
-    text = "A folder, a weights file, or a repository on the Hub."
-    return option(REQUIRED, text, argument=True, **_PER_CALL)
+def _checkpoint(help: str = "A folder, a weights file, or a repository on the Hub.") -> Any:
+    return option(REQUIRED, help, argument=True, **_PER_CALL)
+
+
+def _with_fisher() -> Any:
+    return _checkpoint("A folder or a repository on the Hub, with its Fisher.")
 
 
 def _revision() -> Any:
@@ -179,7 +182,7 @@ class Encoding:
     TITLE = "Data"
 
     columns: Columns = part(Columns(), suffix="_column", one_argument=True)
-    split: str | None = option(None, "Split of a dataset with several splits.", metavar="NAME")
+    split: str | None = option(None, "Split of --data, a dataset with several.", metavar="NAME")
     max_length: int | None = option(
         None, "Truncate texts to this many tokens.", by_default="the model's limit", least=1
     )
@@ -295,10 +298,7 @@ class Estimation:
         dtype=True,
         choices=("float32", "float64"),
     )
-    check: bool = option(
-        False,
-        "Verify per-example gradients on every batch, not only the first.",
-    )
+    check: bool = option(False, "Verify per-example gradients on every batch, not only the first.")
     kernel: bool = option(
         False,
         "Square gradients in a kernel that is compiled for this processor at the first use: by "
@@ -380,7 +380,7 @@ class Measuring:
     measure: dict[str, str | Path] | None = option(
         None,
         "First measure the Fisher of CHECKPOINT's last task, which --no-fisher left out, on that "
-        "task's data, with the options of this command.",
+        "task's data, with the options of this command except --split.",
         metavar="NAME=DATA",
         changes_result=False,
     )
@@ -944,7 +944,7 @@ class RunOptions:
 class ShowOptions:
     """The options of `show`."""
 
-    checkpoint: str | Path = _checkpoint()
+    checkpoint: str | Path = _with_fisher()
     revision: str | None = _revision()
     top: int = option(10, "Number of parameters to list.", least=1)
     csv: str | Path | None = option(
@@ -966,7 +966,7 @@ class ShowOptions:
 class ReportOptions:
     """The options of `report`."""
 
-    checkpoint: str | Path = _checkpoint()
+    checkpoint: str | Path = _with_fisher()
     output: str | Path | None = option(
         None,
         "Where to write the report.",
@@ -1015,7 +1015,7 @@ class VerifyOptions:
 class PushOptions:
     """The options of `push`."""
 
-    checkpoint: str | Path = _checkpoint()
+    checkpoint: str | Path = _with_fisher()
     repository: str = option(
         REQUIRED,
         "Where to, such as user/model; created if it does not exist.",

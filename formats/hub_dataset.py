@@ -163,10 +163,11 @@ def open_hub(
     dataset = _one_split(loaded, name, None)
     # datasets falls back to any version in the cache; its folders are named by the commit
     if commit is not None and not all(commit in file["filename"] for file in dataset.cache_files):
-        raise NetworkError(
-            f"{name}: revision {revision} is not in the cache of datasets, and the Hub did not "
-            "provide it; try again later, or leave out the revision to use the cache"
-        )
+        missing = f"{name}: revision {revision} is not in the cache of datasets, and "
+        advice = "or leave out the revision to use the cache"
+        if datasets.config.HF_HUB_OFFLINE:
+            raise InputError(f"{missing}HF_HUB_OFFLINE disables the Hub; unset it, {advice}")
+        raise NetworkError(f"{missing}the Hub did not provide it; try again later, {advice}")
     return HubRows(dataset, name)
 
 
@@ -180,7 +181,7 @@ def _commit(name: str, revision: str) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
     if datasets.config.HF_HUB_OFFLINE:
-        raise NetworkError(
+        raise InputError(
             f"{name}: revision {revision!r} cannot be looked up, because HF_HUB_OFFLINE disables "
             "the Hub; name the commit, or leave out the revision"
         )

@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from formats.errors import InputError, UsageError, install
-from formats.rows import (
-    Rows,
-    check_regular,
-    check_unchanged,
-    file_digest,
-    listing_digest,
-    stamp,
-)
+from formats.rows import Rows, check_regular, check_unchanged, file_digest, listing_digest, stamp
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 

@@ -85,8 +85,8 @@ def read_run_file(
         named[task.name] = f"task {number}"
     return replace(
         run,
-        start=_resolved(run.start, folder),
-        fisher=_resolved(run.fisher, folder),
+        start=_resolved(run.start, folder, revision=True),
+        fisher=_resolved(run.fisher, folder, revision=True),
         evaluate={name: resolve(data, folder) for name, data in run.evaluate.items()},
     )
 
@@ -118,5 +118,5 @@ def _refuse_others(
     refuse_unknown(where, found, known)
 
 
-def _resolved(data: str | None, folder: Path) -> str | None:
-    return None if data is None else resolve(data, folder)
+def _resolved(data: str | None, folder: Path, *, revision: bool = False) -> str | None:
+    return None if data is None else resolve(data, folder, revision=revision)

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
-from msgspec.structs import asdict
+from msgspec import Struct, to_builtins
 
 from formats.atomic import write_file
 from formats.conversion import converted, strict_json
@@ -15,16 +14,17 @@ FORMAT = "consolidate-run-step"
 VERSION = 1
 
 
-class StepRecord(Struct, frozen=True):
+class StepRecord(Struct, frozen=True, omit_defaults=True):
     """One step of a run, identified by digests and options, without times or paths."""
 
     made_from: dict[str, Any]
     made: dict[str, Any] | None  # digests of its output, once it is finished
+    replaces: dict[str, Any] | None = None  # until then, those of the earlier output
 
 
 def write_step_record(path: Path, record: StepRecord) -> None:
     """Write a record atomically; the same content gives the same bytes."""
-    content = {"format": FORMAT, "version": VERSION, **asdict(record)}
+    content = {"format": FORMAT, "version": VERSION, **to_builtins(record)}
     write_file(path, json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
 
 

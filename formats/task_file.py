@@ -87,14 +87,18 @@ def expanded(path: str, where: str = "") -> Path:
         raise InputError(f"{where}{path[:80]!r} is not a valid path: {error}") from None
 
 
-def resolve(data: str, folder: Path) -> str:
-    """Resolve a path, Hub id or benchmark in a file; a path is relative to the file's folder."""
+def resolve(data: str, folder: Path, *, revision: bool = False) -> str:
+    """Resolve a path, Hub id or benchmark in a file; a path is relative to the file's folder.
+
+    With `revision` an id may have one behind it: ``user/name@v1``.
+    """
     if (task := benchmark_task(data)) is not None:
         return f"{PREFIX}{folder / expanded(task)}" if is_task_file(task) else data
     try:
         local = folder / expanded(data)
-        if not local.exists() and looks_like_hub_id(data):
-            return data
+        if not local.exists() and looks_like_hub_id(data.partition("@")[0] if revision else data):
+            # What the working folder has of that name is not what the file refers to.
+            return str(local.absolute()) if Path(data).exists() else data
     except OSError as error:  # too long
         raise InputError(f"{data[:80]!r} is not a valid path: {error}") from None
     if "\0" in data:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from consolidate.runtime.distributed import all_processes, is_first, summed
-from formats.atomic import claimed, claimed_in_place
+from formats.atomic import claimed, claimed_in_place, recover
 from formats.checkpoint import open_checkpoint, weight_records
 from formats.digest import TensorRecord, differences
 from formats.errors import InputError
@@ -21,6 +21,8 @@ def claiming(target: Path, *, part: str | None = None) -> Iterator[None]:
     if is_first(group):
         claim = claimed(target) if part is None else claimed_in_place(target, part)
     with claim:
+        if is_first(group):  # else one could be refused while another removes what was left
+            recover(target if part is None else target / part)
         summed(group, 0)  # else another process could open an output that is being replaced
         yield
 

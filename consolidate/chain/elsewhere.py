@@ -50,7 +50,12 @@ class Origin:
             for n in used
             if n in old and shape_of(trained, n) != shape_of(old, n)
         }
-        head = head_tensors(model) if others or self._has_other_labels(model) else []
+        try:
+            head = head_tensors(model) if others or self._has_other_labels(model) else []
+        except (InputError, UsageError):
+            if not others:
+                raise
+            head = []  # so that the first of them is named
         if strange := [n for n in others if n not in head]:
             first = strange[0]
             ends = (n for n in trained if n.endswith(f".{first}") or first.endswith(f".{n}"))

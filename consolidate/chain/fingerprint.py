@@ -23,7 +23,10 @@ from formats.rows import Rows, file_digest, listing_digest
 from formats.task_file import TaskFile, open_task
 from formats.versions import program_versions
 
-SETTLED = ("task", "norm_statistics", "device", "merge_rule", "gamma", "structure", "processes")
+SETTLED = (
+    *("task", "norm_statistics", "device", "dtype", "merge_rule", "gamma", "structure"),
+    "processes",
+)
 """Options that are known only once the checkpoint is open, and the number of processes."""
 UNLESS_DEFAULT = ("check", "fisher_check")
 """Options that are described only where they are given, as older results do not have them."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from consolidate.chain.factors import without_blocks
 from consolidate.chain.fitted_chain import Chain, FittedChain, with_present_head
@@ -84,9 +84,10 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
     model, before = fitted.model, fitted.before
     source = model.checkpoint
     fresh, _ = _with_fresh_head(load, model, head, names)
+    free = {**fitted.free, **dict.fromkeys(head, 0)}
     if before is None:
         LOG.info("the old head is not saved, since no task of a ledger uses it")
-        return replace(fitted, model=fresh)
+        return Fitted(fresh, None, free)
     saved = {name: source.weights[name] for name in head}
     LOG.info(
         "new head (%s) for %s; the head of %s is saved in fisher/heads",
@@ -94,7 +95,6 @@ def _with_new_head(load: Load, fitted: Fitted, head: list[str], names: list[str]
         ", ".join(names) or "one number",
         ", ".join(task.name for task in with_present_head(before)),
     )
-    free = {**fitted.free, **dict.fromkeys(head, 0)}
     return Fitted(fresh, with_saved_head(before, saved), free)
 
 
@@ -197,6 +197,9 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
         old = source.weights[name]
         mean = old.float().mean(0, keepdim=True).to(old.dtype)
         values[name] = torch.cat([old, mean.expand(wanted - count, *old.shape[1:])])
+    if hasattr(module, "final_logits_bias"):  # a buffer of BART and its like, (1, tokens)
+        for name in layout.file_names("final_logits_bias"):
+            values[name] = nn.functional.pad(source.weights[name], (0, wanted - count))
     LOG.info(
         "the tokenizer has %d tokens, the embedding %d rows: %s extended with the mean of its rows",
         wanted,
@@ -209,6 +212,8 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
         config["text_config"] = inner | {"vocab_size": wanted}
     else:
         config["vocab_size"] = wanted
+    if config.get("decoder_vocab_size") == count:  # Marian's, of the same embedding
+        config["decoder_vocab_size"] = wanted
     wide = replace(source, weights=Overlaid(source.weights, replaced=values), config=config)
     rows = dict.fromkeys(files, count)
     return _widened(fitted, load(wide, new_labels=new_labels), values, rows)

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from consolidate.chain.factors import offset_with_factors, penalty_of_blocks, without_blocks
 from consolidate.chain.fitted_chain import Chain, FittedChain, with_present_head
 from consolidate.data.columns import label_column
-from consolidate.data.labels import label_values, lacking_labels, place_of_label
+from consolidate.data.labels import (
+    UNNAMED,
+    as_integer,
+    label_values,
+    lacking_labels,
+    place_of_label,
+)
 from consolidate.models.architectures import relabelled
 from consolidate.models.model import Model
 from consolidate.options import Columns
@@ -154,6 +160,8 @@ def check_labels(rows: Rows, model: Model, columns: Columns, *, remedy: str = NE
     stated = rows.label_names(label_column(rows, columns, model.objective.name))
     if stated is not None and model.labels is None and len(stated) == len(known):
         return  # classes in the data's order, which encoding reports
+    if model.labels is None and any(as_integer(name) is None for name in found):
+        remedy = f"{UNNAMED}; {remedy}"
     refuse_lacking(rows, model.objective.name, columns, found, known, remedy=remedy)
 
 

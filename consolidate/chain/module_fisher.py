@@ -96,7 +96,7 @@ def store_fisher(
             layout_of(module, source, own=own),
         )
         for name, values in file_weights(model).items():
-            if not torch.equal(values.cpu(), source.weights[name]):
+            if name not in source.weights or not torch.equal(values.cpu(), source.weights[name]):
                 raise InputError(
                     f"{source.path}: the tensor {name!r} differs from the module's: save the "
                     "module's weights there first"

@@ -1,5 +1,6 @@
 """The penalty of a torch module, from the Fisher of a checkpoint, without a command."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from consolidate.models.tensor_names import NAME
 from formats.errors import InputError, UsageError
 from formats.fisher_json import Block
 from formats.hub import locate
+from formats.wording import few
+
+LOG = logging.getLogger("consolidate")
 
 
 def load_penalty(
@@ -70,8 +74,17 @@ def load_penalty(
     if adapted:
         _check_active(module)
     plain = without_adapter(module) if adapted else module
-    layout = layout_of(plain, source, own=not hasattr(plain, "save_pretrained"))
+    own = not hasattr(plain, "save_pretrained")
+    layout = layout_of(plain, source, own=own)
     check_held_once(stored.fisher, layout, str(stored.folder))
+    if lacking := [name for name in stored.fisher if not layout.module_names(name)]:
+        if own:
+            raise InputError(
+                f"{stored.folder} contains {lacking[0]!r} ({len(lacking)} such names), which is "
+                "not in the module: pass the submodule that has the names of the weights file, or "
+                "give it these names"
+            )
+        LOG.warning("the model lacks, and so does not protect, %s", few(lacking, 4))
     fisher = layout.to_module(stored.fisher)
     anchor = layout.to_module(
         stored.anchor or {name: source.weights[name] for name in stored.fisher}

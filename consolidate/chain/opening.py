@@ -25,7 +25,7 @@ from formats.fisher_folder import (
     read_fisher,
 )
 from formats.fisher_json import Ledger
-from formats.hub import FISHER, locate
+from formats.hub import FISHER, find_local, locate
 from formats.wording import few, shown
 
 LOG = logging.getLogger("consolidate")
@@ -189,7 +189,10 @@ def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
 def named_base(source: Checkpoint) -> str | None:
     """Give the base model that an adapter's config names, if it exists."""
     named = (source.adapter or {}).get("base_model_name_or_path")
-    return named if isinstance(named, str) and named and Path(named).exists() else None
+    if not isinstance(named, str) or not named:
+        return None
+    # Absolute, as a config does not mean somebody's home by a ~.
+    return named if find_local(Path(named).absolute()).exists() else None
 
 
 def _check_plain(config: Mapping[str, Any], path: Path) -> None:

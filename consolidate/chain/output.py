@@ -26,7 +26,9 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     check_leavings(target)
     if not has_content(target):
         return
-    if not (target / LEDGER_NAME).is_file():
+    # Weights with a ledger are a checkpoint, even if they are damaged.
+    ours = (target / "fisher" / LEDGER_NAME).is_file() and any(target.glob("*.safetensors"))
+    if not ours and not (target / LEDGER_NAME).is_file():
         try:
             open_checkpoint(target)
         except InputError:

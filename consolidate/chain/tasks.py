@@ -290,8 +290,7 @@ def _merged(
     offset = past.ledger.penalty_offset + (growth + by_diagonal)
     with_factors = offset
     if factors is not None:
-        around = None if factors.anchor is None else _moved(factors.anchor, weights)
-        factors = factors._replace(anchor=around)
+        factors = factors._replace(anchor=_moved(factors.anchor or {}, weights))
         with_factors = offset_with_factors(past.ledger) + growth + factors.growth
     return Merged(merged, _moved(anchor, weights), offset, factors, with_factors)
 

@@ -179,14 +179,14 @@ def _finetune(plan: Plan, work: KeptWork, cut: ProcessGroup | None) -> FinetuneD
     except (NonFiniteError, ForgettingError):
         work.remove()  # it would only end so again
         raise
-    predicted = None if start.forecast is None else start.forecast.nats()
-    forgotten = forgotten_in(plan, trained.metrics)
-    target = failed_folder(plan.target) if forgotten else plan.target
-    # The output may replace the source, so all that is read from there comes before it.
-    started_from = set_digest(plan.opened.records)
     found = None if found is not None and UNMOVED in found.state else found
     kept = KeptPass(work, found, *kept_of(start.model, trained))
     with _saving_what_was_learned(work, kept):
+        predicted = None if start.forecast is None else start.forecast.nats()
+        forgotten = forgotten_in(plan, trained.metrics)
+        target = failed_folder(plan.target) if forgotten else plan.target
+        # The output may replace the source, so all that is read from there comes before it.
+        started_from = set_digest(plan.opened.records)
         diagonal = None
         if not options.measuring.no_fisher:
             diagonal = measure(task=plan.opened.task, kept=kept)
@@ -276,9 +276,11 @@ def _asked_for_last(plan: Plan) -> FisherOptions:
     """Give the options that --measure measures the last task with."""
     options = plan.options
     ((name, data),) = (options.measuring.measure or {}).items()
+    asked = fisher_options(options)
     return replace(
-        fisher_options(options),
+        asked,
         data=data,
+        encoding=replace(asked.encoding, split=None),  # which is that of --data
         task=name,
         output_dir=None,
         dtype=str(master_dtype(plan.opened.source, options)).removeprefix("torch."),
@@ -304,10 +306,7 @@ def _measuring(plan: Plan, start: Start) -> Callable[..., FisherDiagonal]:
 
 
 def _interpolator(
-    plan: Plan,
-    start: Start,
-    measure: Callable[..., FisherDiagonal],
-    found: StoredWork | None,
+    plan: Plan, start: Start, measure: Callable[..., FisherDiagonal], found: StoredWork | None
 ) -> Interpolator | None:
     """Prepare to interpolate; None where it was not asked for."""
     if plan.interpolation is None:

@@ -38,11 +38,7 @@ class Controller:
     """
 
     def __init__(
-        self,
-        budget: float,
-        start: "Start",
-        recipe: Recipe,
-        found: StoredWork | None,
+        self, budget: float, start: "Start", recipe: Recipe, found: StoredWork | None
     ) -> None:
         """Divide the held-out rows, each part for a measurement; `found` is of the same work."""
         assert start.penalty is not None  # the plan has refused by now

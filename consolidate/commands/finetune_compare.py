@@ -8,7 +8,7 @@ import torch
 
 from consolidate.chain.resume import KeptTraining, KeptWork
 from consolidate.commands.finetune_run import descend, run_length
-from consolidate.commands.finetune_weights import stored_weights, take_stored_values
+from consolidate.commands.finetune_weights import take_stored_values
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.results import Comparison, LambdaSearch
 from consolidate.runtime import signals
@@ -91,7 +91,7 @@ def _train(
         if same_as != last:
             return
         if start.frozen is None:  # else the weights are what they were, and the adapter is float32
-            take_stored_values(model, stored_weights(model))
+            take_stored_values(model)
         # As in the run that follows: a module may draw, and several processes stop together.
         with signals.waiting(work.group is not None), torch.random.fork_rng():
             measured.update(
@@ -100,12 +100,11 @@ def _train(
 
     beside: dict[str, Any] = {"search": search, _COMPARING: True}
     kept = KeptTraining(work, found, beside)
-    diverged = None
     try:
         descend(replace(start, penalty=None), recipe, measure, kept)
     except NonFiniteError as error:
-        diverged = error
         LOG.info("without a penalty training diverged: %s", error)
+        return None
     finally:
         put_back(model.module, values)
-    return None if diverged is not None else measured
+    return measured

@@ -12,7 +12,7 @@ from torch import Tensor
 from consolidate.chain.resume import KeptPass, KeptWork
 from consolidate.commands.finetune_choice import HeldOut
 from consolidate.commands.finetune_run import rows_of
-from consolidate.commands.finetune_weights import UNMOVED, stored_weights, take_stored_values
+from consolidate.commands.finetune_weights import UNMOVED, take_stored_values
 from consolidate.data.examples import subset
 from consolidate.ewc.interpolation import fisher_share, interpolated
 from consolidate.options import Recipe
@@ -125,7 +125,8 @@ class Interpolator:
                             work.keep(kept, saved, "interpolation")
                         work.stop_if_asked(f"after α = {one:g}")
                 alpha = self._choose([Trial(**trial) for trial in self.state["trials"]])
-            self._move(alpha)
+            with signals.waiting(not trained):  # no copy to save at a stop
+                self._move(alpha)
         except signals.STOPS as stop:
             if trained and work.can_keep(stop):
                 work.keep(kept, saved, "interpolation")
@@ -323,8 +324,7 @@ class Interpolator:
         return fisher_share(old[name], self._fisher[name], alpha, scale=self._scale)
 
     def _round(self) -> None:
-        model = self._start.model
-        take_stored_values(model, stored_weights(model))
+        take_stored_values(self._start.model)
 
     def _batches(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield this process's share of what was trained on, in random order."""

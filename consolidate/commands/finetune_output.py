@@ -135,9 +135,7 @@ def report_cached(plan: "Plan", ledger: Ledger) -> FinetuneCached:
 
 
 def too_much(
-    forgotten: Mapping[str, float],
-    options: FinetuneOptions,
-    result: FinetuneDone | FinetuneCached,
+    forgotten: Mapping[str, float], options: FinetuneOptions, result: FinetuneDone | FinetuneCached
 ) -> ForgettingError:
     """Make the error of a run that exceeds --max-forgetting; `result` says where its output is."""
     status = "cached" if result["status"] == "cached" else "forgot too much"

@@ -149,7 +149,7 @@ class Plan:
         try:
             check_output(failed_folder(self.target), source, overwrite=overwrite, whole=True)
         except InputError as error:
-            raise InputError(f"--max-forgetting cannot save a failed run: {error}") from None
+            raise type(error)(f"--max-forgetting cannot save a failed run: {error}") from None
 
 
 def plan_finetune(options: FinetuneOptions, *, again: bool = False) -> Plan:

@@ -124,39 +124,42 @@ def train(
         if interpolator is not None:
             interpolator.measure_start()
             start = replace(start, examples=interpolator.examples)
-        kept = KeptTraining(work, found, beside)
-        steps = descend(start, recipe, take_metrics, kept, on_step, controller)
-        _merge_adapter(start)
-        mark = from_first(secrets.token_hex(8), all_processes())
-    if "trained" not in state or UNMOVED in state:
-        if interpolator is not None:
-            ended = Trained(mark, {}, steps, metrics, {**beside, UNMOVED: True})
-            interpolator.apply(work, *kept_of(model, ended))
+    unfinished = "trained" not in state or UNMOVED in state
+    with signals.waiting(unfinished):  # until the values are whole, so that they can be saved
+        if "trained" not in state:
+            kept = KeptTraining(work, found, beside)
+            steps = descend(start, recipe, take_metrics, kept, on_step, controller)
+            _merge_adapter(start)
             mark = from_first(secrets.token_hex(8), all_processes())
-        _take_finite_values(model, target)
-    weights = stored_weights(model)
-    trained = Trained(mark, weights, steps, metrics, beside)
-    try:
-        unrounded = start.frozen is None and interpolator is None and _stored_as_trained(model)
-        epochs = [when for when in metrics if when.startswith("epoch ")]
-        take_metrics("after", epochs[-1] if unrounded and epochs else "")
-    except signals.STOPS as stop:
-        if work.can_keep(stop):
-            work.keep(*kept_of(model, trained), "training")
-        raise
+        if unfinished:
+            if interpolator is not None:
+                moving = Trained(mark, {}, steps, metrics, {**beside, UNMOVED: True})
+                interpolator.apply(work, *kept_of(model, moving))
+                mark = from_first(secrets.token_hex(8), all_processes())
+            _take_finite_values(model, target)
+        trained = Trained(mark, stored_weights(model), steps, metrics, beside)
+        try:
+            unrounded = start.frozen is None and interpolator is None and _stored_as_trained(model)
+            epochs = [when for when in metrics if when.startswith("epoch ")]
+            take_metrics("after", epochs[-1] if unrounded and epochs else "")
+            work.settle()
+            work.stop_if_asked("after the last step")
+        except signals.STOPS as stop:
+            if work.can_keep(stop):
+                work.keep(*kept_of(model, trained), "training")
+            raise
     return trained
 
 
 def _take_finite_values(model: Model, target: Path) -> None:
     """Give the model its values as they will be stored, and refuse those that are not finite."""
-    weights = stored_weights(model)
     try:
-        check_finite(weights, target)
+        check_finite(stored_weights(model), target)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"training diverged: {error}; lower --learning-rate or --ewc-lambda"
         ) from None
-    take_stored_values(model, weights)
+    take_stored_values(model)
 
 
 def _stored_as_trained(model: Model) -> bool:
@@ -264,11 +267,7 @@ def _start_descent(model: Model, recipe: Recipe, total: int) -> Descent:
 
 
 def _epochs_left(
-    chosen: Sequence[int],
-    mixture: Mixture,
-    recipe: Recipe,
-    total: int,
-    taken: int,
+    chosen: Sequence[int], mixture: Mixture, recipe: Recipe, total: int, taken: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the epochs that are not over after `taken` steps, with the examples left in them.
 

@@ -17,7 +17,6 @@ from consolidate.commands.finetune_nats import quadratic
 from consolidate.commands.finetune_run import descend, run_length
 from consolidate.commands.finetune_weights import take_stored_values
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.models.model import file_weights
 from consolidate.options import Recipe
 from consolidate.results import LambdaSearch
 from consolidate.results import Trial as TrialResult
@@ -160,12 +159,11 @@ class _Search:
 
     def train(self, steps: int) -> None:
         """Train as `finetune` would, for some steps with a schedule of their own."""
-        model = self.start.model
         warmup = round(self.recipe.warmup_steps * steps / run_length(self.start, self.recipe))
         shortened = replace(self.recipe, max_steps=steps, warmup_steps=warmup, log_every=steps)
         descend(self.start, shortened, lambda *when: None)
         if self.start.frozen is None:  # else the weights are what they were, the adapter is float32
-            take_stored_values(model, file_weights(model))
+            take_stored_values(self.start.model)
 
     def trial(self, strength: float, length: int) -> Trial:
         """Train a candidate for `length` steps, measure it, and restore the start."""

@@ -32,13 +32,13 @@ def stored_weights(model: Model) -> Mapping[str, Tensor]:
 
 
 @torch.no_grad()
-def take_stored_values(model: Model, stored: Mapping[str, Tensor]) -> None:
+def take_stored_values(model: Model) -> None:
     """Give the module the values as they are stored: F is measured at exactly these.
 
-    A sharded model is rounded where it is, and `stored` is not used.
+    A sharded model is rounded where it is.
     """
     state, sharded = model.module.state_dict(), is_sharded(model.module)
-    layout, at_start = model.layout, model.checkpoint.weights
+    layout, at_start, stored = model.layout, model.checkpoint.weights, file_weights(model)
     parts = [(group.file_names, group.module_names) for group in layout.groups]
     fresh = (name for name in layout.fresh if name in at_start)
     parts += [((name,), tuple(layout.module_names(name))) for name in fresh]

@@ -32,13 +32,14 @@ from consolidate.commands.measurement_report import (
     log_notes,
 )
 from consolidate.commands.pass_cost import pass_cost
+from consolidate.data.columns import lacks_labels
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples, subset
 from consolidate.data.text_plan import TextPlan, plan_texts
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
-from consolidate.options import Columns, Estimation, FisherOptions
+from consolidate.options import Estimation, FisherOptions
 from consolidate.results import (
     FisherDone,
     FisherDryRun,
@@ -242,7 +243,7 @@ def _load(plan: Plan, cut: ProcessGroup | None) -> tuple[Model, Examples | TextP
     )
     check_names_to_be(plan.before, model)
     if pending is not None:
-        _check_task(plan, pending, model, plan.columns)
+        _check_task(plan, pending, model)
     examples = _encoded(plan, model)
     if cut is not None and source.adapter is not None:
         raise UsageError(
@@ -278,7 +279,7 @@ def _encoded(plan: Plan, model: Model) -> Examples | TextPlan:
     return examples
 
 
-def _check_task(plan: Plan, task: TaskRecord, model: Model, columns: Columns) -> None:
+def _check_task(plan: Plan, task: TaskRecord, model: Model) -> None:
     """Refuse data that cannot be those that a task was trained on; report other rows."""
     if model.objective.name != task.objective:
         raise UsageError(
@@ -286,7 +287,8 @@ def _check_task(plan: Plan, task: TaskRecord, model: Model, columns: Columns) ->
             f"{model.objective.name}: leave --objective out"
         )
     remedy = f"the Fisher of {task.name} is measured on data of that task"
-    check_labels(plan.rows, model, columns, remedy=remedy)
+    if not lacks_labels(plan.rows, plan.columns, model.objective.name):
+        check_labels(plan.rows, model, plan.columns, remedy=remedy)
     if task.data_digest not in (None, plan.data["digest"]):
         LOG.info(
             "%s was trained on other rows (%s) than %s: its Fisher is measured on the latter",
@@ -351,8 +353,9 @@ def _write(
     encoded = Encoded(generated=generated)
     if generated is None:
         encoded = encoding_record(options.encoding, plan.rows, plan.columns)
-    used = subset(len(examples), options.estimation.max_examples, options.seed)
-    log_notes(model, examples, diagonal, used)
+    most, shuffled = options.estimation.max_examples, options.estimation.tolerance is not None
+    drawn = subset(len(examples), most, options.seed, shuffled=shuffled)
+    log_notes(model, examples, diagonal, drawn[: diagonal.examples])
     added = add_task(
         with_structure(chain, plan.structure),
         model,

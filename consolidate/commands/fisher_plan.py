@@ -95,7 +95,7 @@ class Plan(Inputs):
         content = self.content(None) | {"fisher": [asdict(task) for task in tasks]}
         if self.origin is not None:
             content["after"] = file_digest(self.origin.stored.folder / LEDGER_NAME)
-        return self.describe(self.options, content, task=name)
+        return self.describe(self.options, content, task=name, dtype=self.options.dtype)
 
     def expected_description(self) -> dict[str, Any]:
         """Describe what an existing output would be made from."""
@@ -156,7 +156,7 @@ def find_checkpoint(options: FisherOptions) -> Path:
 def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) -> Plan:
     """Open a checkpoint, its Fisher and the data, and refuse what would fail later.
 
-    With `again` it is not checked whether the output is up to date.
+    With `again` it is not checked whether the output is up to date, nor, in a dry run, its target.
     """
     source = with_base(open_checkpoint(folder), options.source.base_model)
     options = _in_float32(options, source)
@@ -209,7 +209,7 @@ def plan_fisher(options: FisherOptions, folder: Path, *, again: bool = False) ->
     )
     if origin is not None:
         refuse_untrained(origin, plan.records, source.path)
-    if there is None:
+    if there is None and not (again and options.dry_run):
         try:
             plan.check_target()
         except InputError as error:
@@ -227,6 +227,7 @@ def plan_alone(
     That is the last task of a chain, which has no Fisher, or without a chain the model on texts
     that it generates.
     """
+    options = _in_float32(options, source)
     task_file, rows = open_source(options)
     completes = before is not None
     return Plan(

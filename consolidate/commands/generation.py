@@ -5,7 +5,7 @@ import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 from consolidate.chain.resume import KeptPass, KeptWork, keep_texts, kept_texts, texts_to_keep
 from consolidate.commands.generation_options import refuse_texts
@@ -29,14 +29,6 @@ from formats.rows import Rows, file_digest
 LOG = logging.getLogger("consolidate")
 
 _DRY_BATCHES = 3
-
-
-class Sample(NamedTuple):
-    """Texts that a model generated, how they were, and the pass over them to be saved."""
-
-    examples: TextExamples
-    record: Generated
-    kept: KeptPass
 
 
 def has_texts(options: FisherOptions, ledger: Ledger) -> bool:
@@ -69,11 +61,11 @@ def generate_sample(
     found: StoredWork | None,
     digests: bool,
     overwrite: bool,
-) -> Sample:
+) -> tuple[TextExamples, Generated, KeptPass]:
     """Generate the texts of a plan, resuming from saved progress, and write them if asked.
 
     The estimation is that of `settled_on_texts`. A file with other content is not replaced unless
-    `overwrite` says so.
+    `overwrite` says so. Give the texts, how they were generated, and the pass over them.
     """
     file = None if options.save_generated is None else Path(options.save_generated)
     if file is not None and model.processor is None:
@@ -122,7 +114,7 @@ def generate_sample(
         texts=hashlib.sha256(lines.encode()).hexdigest() if digests and lines else None,
     )
     kept = KeptPass(work, found, *texts_to_keep(written))
-    return Sample(examples_of(model, plan, texts), record, kept)
+    return examples_of(model, plan, texts), record, kept
 
 
 def first_texts(model: Model, plan: TextPlan) -> tuple[TextExamples, GenerationCost]:

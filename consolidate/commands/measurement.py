@@ -15,12 +15,7 @@ from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.fisher_diagonal import check_outcomes, fisher_diagonal, measurable
 from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.model import Model
-from consolidate.options import (
-    EXACT_UP_TO,
-    Estimation,
-    FinetuneOptions,
-    FisherOptions,
-)
+from consolidate.options import EXACT_UP_TO, Estimation, FinetuneOptions, FisherOptions
 from consolidate.runtime import signals
 from consolidate.runtime.devices import dtype_of_name
 from consolidate.runtime.distributed import all_processes, dealt, place_in
@@ -203,7 +198,7 @@ def check_measurable(model: Model, examples: Examples, estimation: Estimation, s
     """Refuse before a training what the Fisher that is asked for would refuse after it."""
     if any(p.requires_grad for p in model.module.parameters()):  # else nothing can be trained
         measurable(model.module)
-    if estimation.estimator == "exact":
+    if estimation.estimator == "exact" or estimation.max_outcomes is not None:  # only exact has it
         measured = subset(len(examples), estimation.max_examples, seed)
         most = estimation.max_outcomes or MAX_OUTCOMES
         check_outcomes(_outcomes(model, examples, measured), most)

@@ -72,9 +72,13 @@ def _merge(options: MergeOptions) -> MergeResult:
     if there is None:
         refuse_existing(target, overwrite=options.overwrite)
     plan = plan_merge(options.checkpoints, coefficients, options.base)
-    if there is None:
+
+    def check() -> None:
         for model in plan.everything:
             check_output(target, model.source, overwrite=options.overwrite, whole=True)
+
+    if there is None:
+        check()
 
     def result(
         status: Literal["done", "cached"], ledger: Ledger, trace: float, *, anchored: bool
@@ -100,7 +104,7 @@ def _merge(options: MergeOptions) -> MergeResult:
         trace = math.fsum(float(done.fisher[name].sum(dtype=torch.float64)) for name in done.fisher)
         return result("cached", done.ledger, trace, anchored=done.anchor is not None)
     if there is not None:
-        refuse_existing(target, overwrite=options.overwrite)
+        check()
     ledger, trace = _write(plan, target, overwrite=options.overwrite)
     return result("done", ledger, trace, anchored=ledger.anchor is not None)
 

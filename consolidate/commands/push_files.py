@@ -2,12 +2,12 @@
 
 import json
 import logging
-import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from consolidate.chain.output import bytes_of
 from consolidate.commands.push_rules import named_code, without_local_paths
 from consolidate.options import PushOptions
 from consolidate.runtime.devices import dtype_of_name
@@ -130,9 +130,8 @@ def _weights(source: Checkpoint, scratch: Path) -> dict[str, Path | bytes]:
     contents: dict[str, Path | bytes] = {file.name: file for file in files}
     if INDEX not in contents:
         tensors = TensorFiles(source.path, files)
-        sizes = (tensors.dtype(at).itemsize * math.prod(tensors.shape(at)) for at in tensors)
         index = {
-            "metadata": {"total_size": sum(sizes)},
+            "metadata": {"total_size": bytes_of(tensors)},
             "weight_map": {name: tensors.file_of(name).name for name in sorted(tensors)},
         }
         contents[INDEX] = (json.dumps(index, ensure_ascii=False, indent=2) + "\n").encode()

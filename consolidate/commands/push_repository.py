@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
@@ -98,6 +99,10 @@ def open_repository(options: PushOptions) -> Target:
         target = Target(api, name, remote, True, options)
     except NetworkError:
         if not options.dry_run:
+            if is_offline_mode():
+                raise InputError(
+                    f"{options.repository}: HF_HUB_OFFLINE disables the Hub: unset it to push"
+                ) from None
             raise
         name = options.repository
         LOG.info("the Hub could not be asked for the contents of %s: all files are listed", name)

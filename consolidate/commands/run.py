@@ -21,6 +21,7 @@ from consolidate.chain.fingerprint import (
 )
 from consolidate.chain.opening import find_fisher, named_base
 from consolidate.chain.tasks import settled_merging
+from consolidate.chain.up_to_date import find_output
 from consolidate.commands.finetune import finetune
 from consolidate.commands.finetune_options import check_options
 from consolidate.commands.finetune_plan import plan_finetune
@@ -47,6 +48,7 @@ from consolidate.views.matrix import ledger_matrix, matrix_summary
 from formats.atomic import has_content, replace_folder, write_file
 from formats.benchmark import benchmark_task
 from formats.checkpoint import CARD, open_checkpoint, weight_records
+from formats.digest import json_digest
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import read_ledger
@@ -345,10 +347,11 @@ def _asked(step: Step, content_of: Callable[..., dict[str, Any]]) -> dict[str, A
 def _description(step: Step, wanted: dict[str, Any]) -> dict[str, Any]:
     """Describe everything that a step is made from."""
     makes = step.makes
+    # As a dry run, which does not check the target: that may be up to date.
     if isinstance(makes, FinetuneOptions):
-        return plan_finetune(makes, again=True).description
+        return plan_finetune(replace(makes, dry_run=True), again=True).description
     if isinstance(makes, FisherOptions):
-        plan = plan_fisher(makes, Path(makes.checkpoint), again=True)
+        plan = plan_fisher(replace(makes, dry_run=True), Path(makes.checkpoint), again=True)
         return plan.description(plan.tasks)
     return wanted
 
@@ -398,8 +401,8 @@ def _reason(step: Step, described: Mapping[str, Any]) -> str | None:
 
 def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     """Make a step's checkpoint, then its record."""
-    unfinished, record = StepRecord(described, None), read_step_record(step.record)
-    _refuse_additions(step, record)
+    record = read_step_record(step.record)
+    unfinished = StepRecord(described, None, _replaced(step, record))
     # A step that was stopped just before it was recorded as made has nothing left to do.
     again = record is not None and record.made is not None
     if record != unfinished:
@@ -420,27 +423,37 @@ def _make(step: Step, described: dict[str, Any], *, restart: bool) -> None:
     write_step_record(step.record, StepRecord(described, made))
 
 
-def _refuse_additions(step: Step, record: StepRecord | None) -> None:
-    """Refuse to replace a folder with other files beside the weights than the step has made."""
-    if record is None or record.made is None or not has_content(step.target):
-        return
+def _replaced(step: Step, record: StepRecord | None) -> dict[str, Any] | None:
+    """Give what is recorded of the output to replace; refuse one with files that were added."""
+    earlier = None if record is None else record.made or record.replaces
+    if record is None or earlier is None or not has_content(step.target):
+        return earlier
     try:
-        files = _identity(step.target)["files"]
+        found = _identity(step.target)
     except ConsolidateError:
-        return  # damaged
+        return earlier  # damaged
+    if record.made is None:  # interrupted, perhaps after the output was replaced
+        output, asked_for = find_output(step.target), json_digest(record.made_from)
+        other = found["weights"] != earlier["weights"]
+        if other if output is None else output.made_from == asked_for:
+            return None
     card = _card_digest(step.target)
-    if files != record.made["files"] or card != record.made.get("card", card):
+    if found["files"] != earlier["files"] or card != earlier.get("card", card):
         raise InputError(
             f"{step.target} has files that were added or changed since the step was made, and "
             "would be lost: move them away, or delete the folder"
         )
+    return earlier
 
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
     """Make modules beside the run file importable, after all other places."""
-    sys.path.append(str(folder))
+    absent = str(folder) not in sys.path  # where the folder of a script comes first
+    if absent:
+        sys.path.append(str(folder))
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        if absent:
+            sys.path.remove(str(folder))

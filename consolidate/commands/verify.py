@@ -157,11 +157,9 @@ def _verify_set(
 ) -> TensorSet:
     """Read every tensor once; list wrong values, then differences from the ledger."""
     found: dict[str, TensorRecord] = {}
-    size = 0
     for name in tensors:
         tensor = tensors[name]
         found[name] = tensor_record(tensor)
-        size += tensor.numel() * tensor.element_size()
         try:
             where = f"{_file(tensors, name, path)}: {name!r}"
             damaged = name in records and records[name] != found[name]  # then reported once
@@ -177,6 +175,7 @@ def _verify_set(
     missing = {name: record for name, record in records.items() if name not in found}
     extra = {name: record for name, record in found.items() if name not in records}
     findings.extend(InputError(f"{path}: {line}") for line in differences(missing, extra))
+    size = sum(record.nbytes for record in found.values())
     return {"tensors": len(found), "bytes": size, "digest": set_digest(found)}
 
 

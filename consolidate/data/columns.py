@@ -39,9 +39,9 @@ def lacks_labels(rows: Rows, columns: Columns, objective: str) -> bool:
 def kind_of_rows(rows: Rows, columns: Columns) -> str:
     """Return what a causal language model reads: chats, completions (of prompts) or texts."""
     has, named = frozenset(rows.columns), columns.text is not None
-    if columns.messages is not None or (not named and "messages" in has):
-        return "chats"
     given = columns.prompt is not None or columns.completion is not None
+    if columns.messages is not None or (not named and not given and "messages" in has):
+        return "chats"
     if given or (not named and {"prompt", "completion"} <= has):
         return "completions"
     return "texts"

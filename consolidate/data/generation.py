@@ -14,14 +14,7 @@ from consolidate.data.texts import padding_token
 from consolidate.estimation.batches import out_of_memory, place_of
 from consolidate.estimation.likelihoods import IGNORED
 from consolidate.models.model import Model
-from consolidate.models.sampling import (
-    Continued,
-    Written,
-    continued,
-    has_cache,
-    reread,
-    up_to_end,
-)
+from consolidate.models.sampling import Continued, Written, continued, has_cache, reread, up_to_end
 from consolidate.runtime.devices import release_memory
 from consolidate.runtime.distributed import from_all, place_in
 from consolidate.runtime.quiet import quiet

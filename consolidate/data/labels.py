@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -19,15 +20,21 @@ from formats.wording import few, shown
 
 LABELS_OF_IDS = 20
 """At least as many rows, no two with the same label, have no classes."""
+UNNAMED = (
+    "the model's labels have no names (transformers' LABEL_0, LABEL_1, … count as none): number "
+    "the labels, or write names into id2label in config.json"
+)
 
 
 def label_names(rows: Rows, objective: str, columns: Columns | None = None) -> list[str]:
     """Name the labels of a new head: by the data's names, or sorted, or 0 to the largest."""
+    column = label_column(rows, columns or Columns(), objective)
     if objective == "regression":
-        column = label_column(rows, columns or Columns(), objective)
         count = len(as_numbers(rows[0].get(column), rows.where(0, column)))
         return [str(i) for i in range(count)] if count > 1 else []
     found = label_values(rows, objective, columns)
+    if rows.label_names(column) is not None:
+        return found
     one_each = objective not in ("multi-label", "token-classification")
     if one_each and len(found) == len(rows) >= LABELS_OF_IDS:
         where = place_of_label(rows, objective, columns, {found[0]})
@@ -73,6 +80,11 @@ def label_values(
                     i = int((numbers != numbers.long()).nonzero()[0])
                     one = numbers[i].item()
                 raise no_class(rows.where(i, column), one)
+            if not several and isinstance(one, list | tuple | dict):
+                raise InputError(
+                    f"{rows.where(i, column)}: expected one label, found {shown(one)}: for lists "
+                    "of labels use --objective multi-label"
+                )
             if number != -100 or objective != "token-classification":
                 found.add(str(one) if number is None else str(number))
                 if number is not None and not isinstance(one, str):
@@ -150,7 +162,7 @@ _TARGETS = "; for numbers as targets use --objective regression"
 
 def no_class(where: str, value: Any) -> InputError:
     """Return the error for numbers where a class is expected, as in the data of a regression."""
-    if isinstance(value, float):
+    if isinstance(value, float | Decimal):
         found = f"{value:.6g}"
     else:
         shape = list(value.shape) if isinstance(value, Tensor) else [len(value)]
@@ -184,7 +196,7 @@ class Labels:
             self._from_data = {int(name): i for name, i in self._by_name.items()}
             self._all_named = True
         elif any(_PADDED.fullmatch(name) for name in self._by_name):
-            self._all_named = True  # 1 may be 01, whose zero a program has dropped
+            self._all_named = True  # 1 may be 01 or 1.0, whose zero a program has dropped or added
         elif stated is not None and len(stated) == count:
             # Classes in the data's order, as every loader of image folders numbers them.
             self._by_name = {name: i for i, name in enumerate(stated)}
@@ -197,7 +209,9 @@ class Labels:
     def index(self, value: Any, i: int, *, ignorable: bool = False) -> int:
         """Return the class number of a value in row `i`, a number or a name."""
         number = as_integer(value)
-        if isinstance(value, str) and (number is None or value.strip() in self._names):
+        if isinstance(value, bool) and (named := self._named(str(value))) >= 0:  # as text files do
+            number = named
+        elif isinstance(value, str) and (number is None or value.strip() in self._names):
             number = self._named(value if number is None else value.strip())
         elif ignorable and number == -100:
             return number
@@ -247,13 +261,13 @@ class Labels:
             )
         upto = f" to {self._count - 1}" if self._count else ""
         name = as_integer(value) is None and not targets
-        hint = "; names need id2label in config.json" if name else targets
+        hint = f"; {UNNAMED}" if name else targets
         return InputError(
             f"{where}: expected a label of the model, a number from 0{upto}, found {value!r}{hint}"
         )
 
 
-_PADDED = re.compile(r"0[0-9]+", re.ASCII)
+_PADDED = re.compile(r"0[0-9]+|-?[0-9]+\.0+", re.ASCII)
 _INTEGER = re.compile(r"\s*(0|-?[1-9][0-9]{0,400})\s*", re.ASCII)
 
 
@@ -263,6 +277,8 @@ def as_integer(value: Any) -> int | None:
         value = value.item()
     if isinstance(value, str):  # 01, +1 and 1_0 are names
         return int(value) if _INTEGER.fullmatch(value) else None
+    if isinstance(value, Decimal):  # of Parquet
+        return int(value) if value == value.to_integral_value() else None
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     return int(value) if whole else None
 
@@ -272,8 +288,8 @@ def _is_target(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() > 1
     if isinstance(value, list | tuple):
-        return len(value) > 1 and all(isinstance(one, int | float) for one in value)
-    return isinstance(value, float) and not value.is_integer()
+        return len(value) > 1 and all(isinstance(one, int | float | Decimal) for one in value)
+    return isinstance(value, float | Decimal) and as_integer(value) is None
 
 
 def as_list(value: Any, where: str) -> list[Any]:
@@ -294,7 +310,9 @@ def as_list(value: Any, where: str) -> list[Any]:
 
 def as_numbers(value: Any, where: str) -> list[float]:
     """Return the finite numbers that a value is, contains or spells, at least one."""
-    values = [value] if isinstance(value, bool | int | float) else as_list(value, where)
+    if value is None:
+        raise InputError(f"{where}: the label is missing")
+    values = [value] if isinstance(value, int | float | Decimal) else as_list(value, where)
     try:
         numbers = [float(one) for one in values]
     except (TypeError, ValueError, OverflowError):

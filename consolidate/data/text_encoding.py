@@ -145,7 +145,9 @@ def _words(texts: TokenizedTexts, columns: Columns) -> TextExamples:
             if spaced:
                 words = [*words[:1], *(f" {one}" if one.strip() else one for one in words[1:])]
             sentences.append(texts.shortened(words, is_split_into_words=True))
-            numbers.append([reader.index(mark, i, ignorable=True) for mark in marks])
+            classes = [reader.index(mark, i, ignorable=True) for mark in marks]
+            from_left = texts.tokenizer.truncation_side == "left"
+            numbers.append(classes[-len(sentences[-1]) :] if from_left else classes)
         encoded, long = texts.encode(sentences, is_split_into_words=True)
         for n in range(len(chunk)):
             # The first token of a word gets its label, the others none.

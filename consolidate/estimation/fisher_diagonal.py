@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_backend_config
 
-from consolidate.estimation.batches import (
-    Batch,
-    eval_mode,
-    model_outputs,
-    place_of,
-    split_batch,
-)
+from consolidate.estimation.batches import Batch, eval_mode, model_outputs, place_of, split_batch
 from consolidate.estimation.covered_layers import covered_layers
 from consolidate.estimation.estimates import FisherDiagonal
 from consolidate.estimation.gradient_checkpointing import checkpointing_in_eval_mode
@@ -218,11 +212,7 @@ def fisher_diagonal(
 
 
 def _check_options(
-    estimator: str,
-    structure: str,
-    mc_samples: int,
-    accumulate_dtype: torch.dtype,
-    kernel: bool,
+    estimator: str, structure: str, mc_samples: int, accumulate_dtype: torch.dtype, kernel: bool
 ) -> None:
     if estimator not in ESTIMATORS:
         raise UsageError(

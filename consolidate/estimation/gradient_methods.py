@@ -400,10 +400,7 @@ def _host(model: nn.Module, path: str, calls: _Calls) -> str:
 
 
 def _failed(
-    units: list[Unit],
-    parameters: Mapping[str, nn.Parameter],
-    probe: _Probe,
-    expected: _Expected,
+    units: list[Unit], parameters: Mapping[str, nn.Parameter], probe: _Probe, expected: _Expected
 ) -> dict[str, str | None]:
     """Return the marked parameters whose gradients are not as expected, and what was raised.
 

@@ -303,11 +303,7 @@ class Squares:
     """
 
     def __init__(
-        self,
-        sums: Mapping[str, Tensor],
-        recording: Recording,
-        first: int,
-        blocks: BlockSums | None,
+        self, sums: Mapping[str, Tensor], recording: Recording, first: int, blocks: BlockSums | None
     ):
         self.sums = sums  # where to add, by name
         self.blocks = blocks  # where to add the products of the same gradients

@@ -22,19 +22,8 @@ from consolidate.estimation.gradient_methods import (
     slower,
 )
 from consolidate.estimation.input_blocks import BlockSums, InputBlock, with_partners
-from consolidate.estimation.layer_hooks import (
-    Recorder,
-    Recording,
-    UnitError,
-    add_squares,
-    in_words,
-)
-from consolidate.estimation.whole_batch import (
-    Doubt,
-    MixedExamplesError,
-    compare_rows,
-    suspect_rows,
-)
+from consolidate.estimation.layer_hooks import Recorder, Recording, UnitError, add_squares, in_words
+from consolidate.estimation.whole_batch import Doubt, MixedExamplesError, compare_rows, suspect_rows
 from consolidate.runtime.devices import release_memory
 from formats.errors import InputError
 
@@ -402,12 +391,12 @@ def _first_measured(batch: Batch) -> int:
 
 
 def where_in_data(batch: Batch) -> str:
-    """Name a batch in a message, and its examples by their places in the data."""
+    """Name a batch in a message, and its examples by their indices."""
     indices = [*batch.indices]
     which = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
     if indices == [*range(indices[0], indices[0] + len(indices))]:
         which = f"{indices[0]} to {indices[-1]}"
-    return f"batch {batch.number} (examples {which})"
+    return f"batch {batch.number} (examples {which}, counted from 0)"
 
 
 def _fallen(method: str, error: str | None, now: str, names: Iterable[str]) -> str:

@@ -190,7 +190,7 @@ def _from_transformers(
             "transformers says that this tokenizer splits texts otherwise than the model was "
             "trained on: load it with fix_mistral_regex=True and save it again"
         )
-    _settle_config(module.config, objective, processor)
+    _settle_config(module, objective, processor)
     labels = labels_of_config(checkpoint.config | changes) if objective.has_labels else None
     return Model(module, checkpoint, objective, labels, processor, layout, notes, changes)
 
@@ -234,14 +234,18 @@ def _pretrained(
         ) from error
 
 
-def _settle_config(config: Any, objective: Objective, processor: Any) -> None:
+def _settle_config(module: Any, objective: Objective, processor: Any) -> None:
     """Set what training needs in the module's configuration."""
+    config = module.config
     if hasattr(config, "use_cache"):
         config.use_cache = False  # the cache for generation would only cost memory
-    if objective.modality == "text" and getattr(config, "pad_token_id", None) is None:
-        # Classifiers on decoders need it to find the last token of each row of a batch.
-        tokens = (getattr(processor, name, None) for name in ("pad_token_id", "eos_token_id"))
-        config.pad_token_id = next((token for token in tokens if token is not None), None)
+    if objective.modality == "text":
+        # Classifiers on decoders need it to find the last token of each row of a batch; a token
+        # without an embedding, such as -1, cannot pad.
+        known = range(len(module.get_input_embeddings().weight))
+        places = (config, "pad_token_id"), (processor, "pad_token_id"), (processor, "eos_token_id")
+        tokens = (getattr(*place, None) for place in places)
+        config.pad_token_id = next((token for token in tokens if token in known), None)
 
 
 def _check_shapes(info: Mapping[str, Any], config: Any, checkpoint: Checkpoint) -> None:

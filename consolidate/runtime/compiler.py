@@ -34,9 +34,10 @@ def compiled(source: str) -> ctypes.CDLL:
     try:
         command = shlex.split(os.environ.get("CC", "")) or [_compiler()]
         folder = _folder()
-        key = _digest(source, *command, *_FLAGS, _run([*command, "--version"]), *_processor())
+        made_by = [source, *command, *_FLAGS, _run([*command, "--version"]), *_processor()]
+        key = _digest("\0".join(made_by).encode(errors="surrogateescape"))
         for library in folder.glob(f"{key}-*.so"):
-            if library.stem == f"{key}-{_digest_of(library)}":
+            if library.stem == f"{key}-{_digest(library.read_bytes())}":
                 return ctypes.CDLL(str(library))
         return ctypes.CDLL(str(_compile(command, source, folder, key)))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -77,13 +78,8 @@ def _processor() -> list[str]:
     return [line for line in lines if "MHz" not in line and "bogomips" not in line]
 
 
-def _digest(*parts: str) -> str:
-    text = "\0".join(parts).encode(errors="surrogateescape")
-    return hashlib.sha256(text).hexdigest()[:32]
-
-
-def _digest_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _compile(command: list[str], source: str, folder: Path, key: str) -> Path:
@@ -98,7 +94,7 @@ def _compile(command: list[str], source: str, folder: Path, key: str) -> Path:
             if _THREADS not in error.stderr:
                 raise
             _run([*command, *_FLAGS, "-o", str(made), str(written)])
-        return made.replace(folder / f"{key}-{_digest_of(made)}.so")
+        return made.replace(folder / f"{key}-{_digest(made.read_bytes())}.so")
 
 
 def _run(command: list[str]) -> str:

@@ -21,6 +21,7 @@ from consolidate.runtime.shards import is_sharded, whole
 from formats.errors import NonFiniteError, UsageError
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch has Adam as one kernel
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MIXED_PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Pair = tuple[Any, Tensor]  # inputs and labels
 APART = 0x9E3779B97F4A7C15
@@ -113,47 +114,45 @@ def remeasure_statistics(
 ) -> None:
     """Measure running statistics again at the present weights, in place: means over `batches`.
 
-    Each batch counts by its examples. All else runs in eval mode, so that dropout has no part.
+    Each batch counts by its rows. A batch norm keeps its statistics where a channel has one value,
+    which has no variance, as in training. All else runs in eval mode, so that dropout has no part.
     Counters of batches stay as they are.
 
     Args:
         model: Comes back with the modes that its modules had.
-        batches: Pairs (inputs, labels). One of a single example, which has no variance, is left
-            out where there are others.
+        batches: Pairs (inputs, labels).
         group: Processes that share the batches; all get the same means.
     """
     norms = with_statistics(model)
     momenta = [norm.momentum for norm in norms]
     counts = [None if (n := norm.num_batches_tracked) is None else n.clone() for norm in norms]
-    place, seen = place_of(model), 0
+    place, seen = place_of(model), dict.fromkeys(norms, 0)
+
+    def weigh(norm: _NormBase, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        [values] = [*given, *named.values()]
+        norm.train(not isinstance(norm, BATCH_NORMS) or _has_variance(values))
+        if norm.training:
+            seen[norm] += len(values)
+            norm.momentum = len(values) / seen[norm]
+
+    hooks = [norm.register_forward_pre_hook(weigh, with_kwargs=True) for norm in norms]
     try:
         with eval_mode(model):
-            for norm in norms:
-                norm.train()
-            for inputs, labels in _not_alone(batches):
-                seen += len(labels)
-                for norm in norms:
-                    norm.momentum = len(labels) / seen
+            for inputs, labels in batches:
                 model_outputs(model, *placed(place, inputs, labels))
     finally:
-        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+        for norm, hook, momentum, count in zip(norms, hooks, momenta, counts, strict=True):
+            hook.remove()
             norm.momentum = momentum
             if count is not None and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.copy_(count)
-    _average_statistics(norms, group, seen)
+    for norm, rows in seen.items():
+        _average_statistics([norm], group, rows)
 
 
-def _not_alone(batches: Iterable[Pair]) -> Iterator[Pair]:
-    """Leave out batches of one example, unless all are."""
-    alone, others = None, False
-    for batch in batches:
-        if len(batch[1]) > 1:
-            others = True
-            yield batch
-        else:
-            alone = batch
-    if alone is not None and not others:
-        yield alone
+def _has_variance(values: Tensor) -> bool:
+    """Return whether each channel of a batch norm's inputs has several values."""
+    return values.numel() > values.shape[1]
 
 
 def default_statistics(penalty: str, *, old: bool) -> str:
@@ -228,10 +227,12 @@ def training_steps(
     model.train()
     if recipe.norm_statistics != "update":
         freeze_statistics(model)
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     tracking = [m for m in with_statistics(model) if m.training]
-    norms = [m for m in tracking if isinstance(m, kinds)]
+    norms = [m for m in tracking if isinstance(m, BATCH_NORMS)]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    # Nothing else takes sparse gradients; momentum would be sparse too, and could not be saved.
+    plain = recipe.max_grad_norm is None and isinstance(optimizer, torch.optim.SGD)
+    plain = plain and not any(g["momentum"] or g["weight_decay"] for g in optimizer.param_groups)
     place, sharded = place_of(model), is_sharded(model)
     scaler = scaler or torch.amp.GradScaler(place.device.type, enabled=False)
     scaler.scale(torch.zeros((), device=place.device))  # as a first step without rows does not
@@ -264,7 +265,7 @@ def training_steps(
         _check_finite("loss", loss, step)
         if not sharded:
             _sum_gradients(trained, group)
-        if not isinstance(optimizer, torch.optim.SGD):  # Adam takes none that are sparse
+        if not plain:
             _make_dense(trained)
         scaler.unscale_(optimizer)
         if penalty is not None and proximal is None:
@@ -291,7 +292,7 @@ def _several_values(norms: Iterable[nn.Module]) -> Iterator[None]:
     """Normalize by running statistics where a channel has one value, which has no variance."""
 
     def choose(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
-        norm.train(given[0].numel() > given[0].shape[1])
+        norm.train(_has_variance(given[0]))
 
     hooks = [norm.register_forward_pre_hook(choose) for norm in norms]
     try:
@@ -362,6 +363,8 @@ def _average_statistics(
     if group is None or not layers:
         return
     (total,) = summed(group, weight)
+    if not total:
+        return
     for module in layers:
         statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         for buffer in statistics:

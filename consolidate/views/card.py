@@ -148,7 +148,7 @@ def _is_comment(line: str) -> bool:
 def _fields(block: str) -> tuple[dict[Any, str], str]:
     """Give the text of each field of metadata, and the comments at the end.
 
-    None where they cannot be told apart.
+    Both are empty where they cannot be told apart.
     """
     parts: list[str] = []
     above: list[str] = []  # comments and empty lines

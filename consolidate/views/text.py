@@ -1,4 +1,4 @@
-"""Print the results of commands: as JSON, or as text."""
+"""The results of commands: as JSON, or as text."""
 
 import json
 import math
@@ -206,10 +206,7 @@ def comparison_text(comparison: Comparison) -> list[str]:
         f"{'in the loss ' * _is_loss(kept[n])}of {n}"
         for n in old
     )
-    return [
-        f"without a penalty: {_lost(lost, free)}",
-        f"the penalty saved {saved}",
-    ]
+    return [f"without a penalty: {_lost(lost, free)}", f"the penalty saved {saved}"]
 
 
 def comparison_rows(comparison: Mapping[str, Any]) -> list[list[str]]:

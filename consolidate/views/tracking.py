@@ -1,6 +1,5 @@
 """A command as a run in a tracking store: its options, metrics and digests, never the files."""
 
-import json
 import logging
 import re
 import time
@@ -158,13 +157,10 @@ def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, fl
         for name, value in evaluate_metrics(scores).items():
             tracker.metric(name, value, step)
     if matrix is not None:
-        last = len(matrix["tasks"])
         names, rows = columns_and_rows(matrix)
         for learned, row in enumerate(rows):
             for name, score in zip(names, row, strict=True):
                 tracker.metric(f"{name}.score", score, learned)
-    for name, value in numbers.items():
-        tracker.metric(name, value, last)
     tags = {"status": result.get("status"), "commits": result.get("commits")}
     if "checkpoint" in result:
         folder = Path(result["checkpoint"])
@@ -177,6 +173,10 @@ def report(tracker: Tracker, result: Mapping[str, Any], numbers: Mapping[str, fl
             "trained_from": ledger.tasks[-1].parent,
             "data_digest": ledger.tasks[-1].data_digest,
         }
+        if tracker.command == "run":
+            last = len(ledger.tasks)
+    for name, value in numbers.items():
+        tracker.metric(name, value, last)
     tracker.record("tags", tags)
 
 
@@ -195,11 +195,6 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
         return {name: value}
     below = [_flat(f"{name}.{key}" if name else key, below) for key, below in value.items()]
     return {key: found for flat in below for key, found in flat.items()}
-
-
-def plain(value: object) -> object:
-    """Give a value of an option as JSON types."""
-    return json.loads(json.dumps(value, default=str, ensure_ascii=False))
 
 
 def reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """A run in Weights & Biases, by its client; offline where WANDB_MODE says so."""
 
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -8,7 +9,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import groupby
 from typing import Any
 
-from consolidate.views.tracking import Point, plain, reason
+from consolidate.views.tracking import Point, reason
 from formats.errors import InputError, NetworkError, UsageError, install
 
 SETTINGS: dict[str, Any] = {
@@ -46,7 +47,7 @@ class WandbRun:
 
     def record(self, kind: str, values: Mapping[str, object]) -> None:
         """Send options to the config, facts to the summary."""
-        known = {name: plain(value) for name, value in values.items()}
+        known = json.loads(json.dumps(dict(values), default=str, ensure_ascii=False))
         with _silenced():
             if kind == "params":
                 self._run.config.update(known)

@@ -266,10 +266,7 @@ def in_process(
     words = [sys.executable, sys.argv[0], "--part", part, "--workload", name, *["--quick"] * quick]
     words += [word for key in keys for word in ("--tool", key)]
     done = subprocess.run(
-        [*words, *others],
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
+        [*words, *others], env={**os.environ, **(environment or {})}, capture_output=True, text=True
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: {done.stderr[-2000:]}")

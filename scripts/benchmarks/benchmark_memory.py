@@ -76,10 +76,7 @@ SEQUENCES, TOKENS, STEPS = 3, 16, 2
 LAST_STEP = f"step {STEPS} of {STEPS}: "
 
 
-SIZES = {
-    "60M": Size(512, 1408, 10, 8, 2),
-    "1B": Size(2048, 5632, 22, 32, 4),
-}
+SIZES = {"60M": Size(512, 1408, 10, 8, 2), "1B": Size(2048, 5632, 22, 32, 4)}
 
 
 class Run(NamedTuple):

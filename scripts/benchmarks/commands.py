@@ -20,14 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scripts.benchmarks.harness import (
-    EMPTY,
-    ROOT,
-    make_checkpoint,
-    start,
-    write_page,
-    write_texts,
-)
+from scripts.benchmarks.harness import EMPTY, ROOT, make_checkpoint, start, write_page, write_texts
 from scripts.experiments.lib.common import markdown
 
 TEXT = """
@@ -225,11 +218,7 @@ def run_trainer(job: Job, folder: str, turns: Turns) -> float:
         dataloader_pin_memory=False,
     )
     trainer = InOrder(
-        model,
-        settings,
-        train_dataset=chosen,
-        data_collator=collate,
-        callbacks=[Told()],
+        model, settings, train_dataset=chosen, data_collator=collate, callbacks=[Told()]
     )
     trainer.train()
     trainer.save_model(f"{folder}/out")

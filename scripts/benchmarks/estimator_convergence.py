@@ -8,14 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import consolidate
-from scripts.benchmarks.harness import (
-    Panel,
-    mlp,
-    plot_powers,
-    results_folder,
-    start,
-    write_page,
-)
+from scripts.benchmarks.harness import Panel, mlp, plot_powers, results_folder, start, write_page
 from scripts.experiments.lib.common import markdown
 
 EXAMPLES = 256

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,23 @@ def test_of_several_processes_the_first_claims(place: Path) -> None:
     assert (place / "log").read_text().count("is in use by process") == 1
     assert ended(started(2, words, place / "log")) == [0, 0]
     assert verify("it")["tasks"] == ["c"]
+
+
+def test_of_several_processes_the_first_removes_what_was_left(place: Path) -> None:
+    (place / "it" / ".fisher.consolidate-old").mkdir()
+    remove = shutil.rmtree
+
+    def slowly(*arguments: Any, **options: Any) -> None:
+        time.sleep(1.5)  # as of a large folder
+        remove(*arguments, **options)
+
+    def prepare() -> None:
+        shutil.rmtree = slowly
+
+    ends = ended(started(2, [*FISHER, "--model", MODEL], place / "log", prepare))
+    assert ends == [0, 0], (place / "log").read_text()
+    assert os.listdir("it/fisher")
+    assert not [name for name in os.listdir("it") if "consolidate" in name]
 
 
 def test_what_writes_from_python_claims_too(place: Path) -> None:

@@ -217,11 +217,12 @@ def test_the_penalty_stays_the_sum_of_the_tasks(
     assert value == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("penalty", ["ewc", "l2"])
+@pytest.mark.parametrize(("penalty", "measured"), [("ewc", True), ("l2", True), ("l2", False)])
 def test_a_fresh_head_is_free_and_the_trunk_is_held(
-    start: Path, pairs: Callable[..., Path], tmp_path: Path, penalty: str
+    start: Path, pairs: Callable[..., Path], tmp_path: Path, penalty: str, measured: bool
 ) -> None:
-    consolidate.fisher(start, pairs(0, 1), task="a", **MODEL)
+    if measured:
+        consolidate.fisher(start, pairs(0, 1), task="a", **MODEL)
     result = finetune(
         start, pairs(2, 3), output_dir=tmp_path / "b", head="new", penalty=penalty,
         ewc_lambda=1e8, penalty_step="proximal", **FAST,
@@ -564,6 +565,17 @@ def test_other_objectives_get_heads(tmp_path: Path, objective: str) -> None:
         assert found[name] == pytest.approx(result["metrics"]["after"][name])
 
 
+def test_names_that_transformers_fills_in_are_said_to_be_none(tmp_path: Path) -> None:
+    kind, start = transformers.BertForSequenceClassification, tmp_path / "start"
+    tiny_models.save(start, kind, tiny_models.bert_config(), tiny_models.word_tokenizer())
+    named = texts(tmp_path / "named.jsonl", "LABEL_1", "LABEL_0")
+    options: dict[str, Any] = {"output_dir": tmp_path / "b", "penalty": "none"}
+    with pytest.raises(InputError, match=r"of 0, 1, found LABEL_0, LABEL_1: .*count as none.*head"):
+        finetune(start, named, **options)
+    with pytest.raises(InputError, match="of 0, 1, found 7, 8: --head new"):
+        finetune(start, texts(tmp_path / "numbers.jsonl", 7, 8), **options)
+
+
 def test_one_label_makes_no_classifier(classifier: Path, tmp_path: Path) -> None:
     consolidate.fisher(classifier, texts(tmp_path / "old.jsonl", "good", "bad"), task="old")
     with pytest.raises(UsageError, match="at least two labels, found 1"):
@@ -622,6 +634,34 @@ def test_new_tokens_widen_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptu
     assert torch.equal(loaded.lm_head.weight, embedding)
     verify(out)
     assert "loss" in evaluate(out, {"new": new})["new"]
+
+
+@pytest.mark.parametrize("name", ["BartForConditionalGeneration", "MarianMTModel"])
+def test_new_tokens_widen_the_bias_of_encoder_decoders(tmp_path: Path, name: str) -> None:
+    kind, tokenizer = getattr(transformers, name), tiny_models.word_tokenizer()
+    rows = len(tokenizer)
+    config = kind.config_class(
+        vocab_size=rows, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1,
+        decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=40,
+        decoder_start_token_id=0, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        forced_eos_token_id=3,
+    )  # fmt: skip
+    folder = tiny_models.save(tmp_path / "start", kind, config, tokenizer)
+    bias = torch.arange(rows).float()[None]
+    weights = {**load_file(folder / "model.safetensors"), "final_logits_bias": bias}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    old, new, out = (tmp_path / name for name in ("old.jsonl", "new.jsonl", "out"))
+    old.write_text(json.dumps({"prompt": "the cat", "completion": "a dog"}) + "\n")
+    consolidate.fisher(folder, old, task="old", estimator="empirical")
+    tokenizer.add_tokens(["<new>", "<more>"])
+    tokenizer.save_pretrained(folder)
+    new.write_text(json.dumps({"prompt": "<new> cat", "completion": "a <more>"}) + "\n")
+    finetune(folder, new, output_dir=out, ewc_lambda=1.0, fisher_estimator="empirical")
+    loaded = kind.from_pretrained(out)
+    assert torch.equal(loaded.final_logits_bias, nn.functional.pad(bias, (0, 2)))
+    made = tokenizer(["a <more>"], return_tensors="pt")["input_ids"]
+    assert loaded(input_ids=made, labels=made).loss.isfinite()
+    verify(out)
 
 
 def test_models_with_heads_are_joined_or_refused(

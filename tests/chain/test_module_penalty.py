@@ -1,5 +1,6 @@
 """The penalty of a module with stored factors."""
 
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -23,7 +24,7 @@ from formats.fisher_folder import read_fisher, write_fisher
 from formats.fisher_json import Block
 from support.checkpoints import Write
 from support.networks import NETWORK, make_network
-from support.tiny_models import byte_tokenizer, gpt2_config, save
+from support.tiny_models import bert_config, byte_tokenizer, gpt2_config, save, word_tokenizer
 
 
 def give_factors(checkpoint: Path, dims: dict[str, tuple[int, ...]], matrix: str = "R") -> None:
@@ -108,6 +109,32 @@ def test_where_there_are_none_that_fit_inputs_is_refused(
     assert penalty.value() == expected
     with pytest.raises(UsageError, match=r"'kronecker': expected 'diagonal' or 'inputs'"):
         load_penalty(network, network_checkpoint, ewc_lambda=2.0, structure="kronecker")
+
+
+def test_a_module_that_lacks_what_has_a_fisher_is_refused(
+    network_checkpoint: Path, write_task: Write
+) -> None:
+    consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK)
+    network = moved_network()
+    renamed = torch.nn.ModuleDict({"0": network[0], "head": network[2]})
+    for module, count in ((renamed, 2), (torch.nn.ModuleDict({"model": network}), 4)):
+        message = rf"contains '\d\.\w+' \({count} such names\), which is not in the module"
+        with pytest.raises(InputError, match=message):
+            load_penalty(module, network_checkpoint, ewc_lambda=2.0)
+
+
+def test_a_head_that_a_model_of_transformers_lacks_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = transformers.BertForSequenceClassification
+    bert = save(tmp_path / "bert", kind, bert_config(num_labels=3), word_tokenizer())
+    task = tmp_path / "old.jsonl"
+    task.write_text('{"text": "the cat", "label": 0}\n{"text": "a dog", "label": 2}\n')
+    consolidate.fisher(bert, task, task="old")
+    penalty = load_penalty(transformers.BertModel.from_pretrained(bert), bert, ewc_lambda=2.0)
+    assert penalty.unprotected == []
+    lacking = "classifier.bias, classifier.weight|classifier.weight, classifier.bias"
+    assert re.search(f"the model lacks, and so does not protect, ({lacking})$", caplog.text, re.M)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are read from /proc")

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import transformers
 
 import consolidate
 from consolidate.api import evaluate, show, verify
-from consolidate.chain.opening import find_fisher, stored_fisher
+from consolidate.chain.opening import find_fisher, stored_fisher, with_base
 from formats.checkpoint import open_checkpoint
 from formats.hub import locate
 from support import tiny_models
@@ -128,3 +129,12 @@ def test_what_a_killed_command_moved_away_is_found_by_those_that_read(
         target.rename(target.with_name(f".{target.name}.consolidate-old"))
         assert read()
         assert target.is_dir()
+
+
+def test_a_base_model_that_a_killed_command_moved_away_is_found(network_checkpoint: Path) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(network_checkpoint)}
+    adapter = replace(open_checkpoint(network_checkpoint), adapter=config)
+    network_checkpoint.rename(network_checkpoint.with_name(".start.consolidate-old"))
+    base = with_base(adapter, None).base
+    assert base is not None
+    assert base.path == network_checkpoint

@@ -13,12 +13,8 @@ from safetensors.torch import load_file, save_file
 import consolidate
 from consolidate.chain import resume
 from consolidate.commands import finetune as finetune_command
-from consolidate.commands import (
-    finetune_output,
-    finetune_run,
-    finetune_search,
-    measurement,
-)
+from consolidate.commands import finetune_output, finetune_run, finetune_search, measurement
+from consolidate.commands.finetune_interpolation import Interpolator
 from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from formats.errors import InputError, NonFiniteError
@@ -146,7 +142,7 @@ def test_a_pass_for_the_fisher_goes_on_without_training_again(
     assert alike(resumed, whole)
 
 
-@pytest.mark.parametrize("during", ["measure_fisher", "write_checkpoint"])
+@pytest.mark.parametrize("during", ["set_digest", "measure_fisher", "write_checkpoint"])
 def test_what_was_learned_is_kept_when_the_rest_is_interrupted(
     learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
 ) -> None:
@@ -159,6 +155,35 @@ def test_what_was_learned_is_kept_when_the_rest_is_interrupted(
     with monkeypatch.context() as patch:
         module = finetune_output if during == "write_checkpoint" else finetune_command
         patch.setattr(module, during, interrupted)
+        with pytest.raises(signals.Terminated):
+            consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    monkeypatch.delattr(finetune_run, "training_steps")
+    consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("during", ["_merge_adapter", "_take_finite_values", "apply", "end"])
+def test_what_was_learned_is_kept_at_a_stop_before_it_is_rounded(
+    learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    place: Any = {"apply": Interpolator, "end": resume.KeptTraining}.get(during, finetune_run)
+    whole = getattr(place, during)
+
+    def stopped(*arguments: Any, **options: Any) -> None:
+        if during == "end":
+            whole(*arguments, **options)
+        if not signals.ask(signals.Terminated):
+            raise signals.Terminated
+        if during != "end":
+            whole(*arguments, **options)
+
+    new = write_task("new", seed=1)
+    options = {**COMMON, "save_every_minutes": 10**6}
+    options |= {"interpolate": 0.5} if during == "apply" else {}
+    options |= {"lora_rank": 2, "lora_targets": ["0"]} if during == "_merge_adapter" else {}
+    consolidate.finetune(learned, new, output_dir=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, during, stopped)
         with pytest.raises(signals.Terminated):
             consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     monkeypatch.delattr(finetune_run, "training_steps")

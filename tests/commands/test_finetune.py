@@ -355,8 +355,9 @@ def test_what_has_no_fisher_is_refused_before_the_training(
 ) -> None:
     options = {"penalty": "none", "epochs": 10**9}
     message = "the exact Fisher needs 3 backward passes per example, more than 2"
-    with pytest.raises(UsageError, match=message):
-        train(fisher_estimator="exact", fisher_max_outcomes=2, **options)
+    for estimator in ("exact", None):
+        with pytest.raises(UsageError, match=message):
+            train(fisher_estimator=estimator, fisher_max_outcomes=2, **options)
     start = tmp_path / "unnormed"
     start.mkdir()
     save_file(unnormed_network().state_dict(), start / "model.safetensors")

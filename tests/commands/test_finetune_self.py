@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 import consolidate
 from consolidate.chain import resume
@@ -86,6 +87,16 @@ def test_one_command_leaves_what_two_leave(
     again = consolidate.finetune(gpt2, data, output_dir=tmp_path / "one", **given)
     assert (again["status"], again["metrics"]) == ("cached", result["metrics"])
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".one")]
+
+
+def test_float16_weights_are_measured_in_float32(gpt2: Path, data: Path, tmp_path: Path) -> None:
+    weights = load_file(gpt2 / "model.safetensors")
+    narrow = {name: values.half() for name, values in weights.items()}
+    save_file(narrow, gpt2 / "model.safetensors", {"format": "pt"})
+    expected = in_two_commands(gpt2, data, tmp_path / "two")
+    given = {**COMMON, **TRAINED, "protect_self": 4}
+    consolidate.finetune(gpt2, data, output_dir=tmp_path / "one", **given)
+    assert written(tmp_path / "one") == expected
 
 
 def test_another_number_of_texts_is_another_result(gpt2: Path, data: Path, tmp_path: Path) -> None:

@@ -386,6 +386,20 @@ def test_a_fisher_of_ones_own_is_stored_like_the_command_does(
         consolidate.store_fisher(network, network_checkpoint, dict(diagonal), **options)
 
 
+def test_a_parameter_that_the_file_lacks_is_named(
+    network_checkpoint: Path, write_task: Write
+) -> None:
+    network = make_network({"sizes": [6, 8, 3, 3]})
+    network.load_state_dict(load_file(network_checkpoint / "model.safetensors"), strict=False)
+    diagonal = consolidate.fisher_diagonal(
+        network, [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))], "softmax"
+    )
+    with pytest.raises(InputError, match=r"'4\.\w+' differs from the module's: save"):
+        consolidate.store_fisher(
+            network, network_checkpoint, diagonal, task="old", objective="classification"
+        )
+
+
 MC = "--{}mc-samples cannot be combined with --{}estimator {}"
 
 

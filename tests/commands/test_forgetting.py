@@ -11,7 +11,8 @@ from consolidate.commands.finetune_plan import plan_finetune
 from consolidate.fields import gather
 from consolidate.options import FinetuneOptions
 from consolidate.training.forgetting import beyond, forgetting
-from formats.errors import ForgettingError, InputError, UsageError
+from formats.atomic import replace_folder
+from formats.errors import BusyError, ForgettingError, InputError, UsageError
 from support.checkpoints import Write, first_task, write_clusters
 from support.command_line import run
 
@@ -94,6 +95,15 @@ def test_without_a_digest_of_the_data_the_failed_output_is_in_the_way(
     for error in (ForgettingError, InputError):
         with pytest.raises(error, match=r"out\.failed-forgetting"):
             finetune(learned, b, output_dir=tmp_path / "out", data_digest=False, **given)
+
+
+def test_a_failed_output_that_is_being_written_may_be_free_later(
+    learned: Path, write_task: Write, tmp_path: Path
+) -> None:
+    given = {"penalty": "none", "evaluate": {"a": write_task("a")}, "max_forgetting": 0.03, **FAST}
+    out, data = tmp_path / "out", write_task("b", seed=1)
+    with replace_folder(failed_folder(out)), pytest.raises(BusyError, match="cannot save a failed"):
+        finetune(learned, data, output_dir=out, **given)
 
 
 def test_a_gate_needs_an_old_task_to_measure(

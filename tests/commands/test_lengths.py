@@ -160,9 +160,13 @@ def test_a_killed_pass_resumes_to_the_same_bytes(
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_a_tolerance_ends_with_a_window_of_random_texts(tmp_path: Path, seen: Seen) -> None:
+def test_a_tolerance_ends_with_a_window_of_random_texts(
+    tmp_path: Path, seen: Seen, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="consolidate")
     model, data = make(tmp_path, count=300)
-    result = consolidate.fisher(model, data, batch_size=4, tolerance=0.4, seed=3)
+    options = {"batch_size": 4, "tolerance": 0.4, "seed": 3, "max_length": 20}
+    result = consolidate.fisher(model, data, **options)
     (diagonal,), read = seen.diagonals, result["examples"]
     assert 64 <= read < 300
     assert read % (4 * measurement.WINDOW) == 0
@@ -171,6 +175,9 @@ def test_a_tolerance_ends_with_a_window_of_random_texts(tmp_path: Path, seen: Se
     assert seen.order[:read] != drawn[:read]
     for end in range(16, read + 1, 16):
         assert sorted(seen.order[:end]) == sorted(drawn[:end])
+    texts = [json.loads(line)["text"].split() for line in data.read_text().splitlines()]
+    cut = sum(len(texts[i]) > 18 for i in drawn[:read])
+    assert f"{cut} of {read} texts were truncated to 20 tokens" in caplog.messages
 
 
 @pytest.mark.parametrize("tolerance", [None, 0.4])

@@ -352,6 +352,17 @@ def test_an_output_inside_an_input_is_refused(strangers: list[Path]) -> None:
     assert [contents(folder) for folder in strangers] == before
 
 
+def test_a_merge_in_place_of_another_needs_space_as_well(
+    strangers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, usage = tmp_path / "out", shutil.disk_usage(tmp_path)
+    consolidate.merge(strangers, output_dir=out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5))
+    assert consolidate.merge(strangers, output_dir=out)["status"] == "cached"
+    with pytest.raises(InputError, match="not enough disk space"):
+        consolidate.merge(strangers[:2], output_dir=out, overwrite=True)
+
+
 def test_an_output_that_is_an_input_is_replaced_whole(
     strangers: list[Path], tmp_path: Path
 ) -> None:

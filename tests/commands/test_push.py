@@ -99,6 +99,9 @@ def test_one_commit_holds_all_of_it(checkpoint: Path, tmp_path: Path, hub: Hub) 
         assert sizes.items() < {file["path"]: file["size"] for file in alone["files"]}.items()
         assert f"the Hub could not be asked for the contents of {target}" in err
     assert "bytes in total; not compared with the Hub" in push_text(alone)
+    code, _, err = run(tmp_path, "push", checkpoint, "user/model", **offline)
+    assert code == 3
+    assert err == "error: user/model: HF_HUB_OFFLINE disables the Hub: unset it to push\n"
 
     # A person edits the card; again, nothing else is to be sent.
     edited = files["README.md"].replace(b"# user/model\n", b"# Mine\n\nI say so.\n")

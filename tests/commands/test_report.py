@@ -101,7 +101,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the chain `model` and `search.json`, its report `r.html` and pictures `p`."""
     folder = tmp_path_factory.mktemp("chain")
     model = checkpoints.chain(folder / "model")
-    search = checkpoints.write_search(folder / "search.json")
+    search = folder / "search.json"
+    search.write_text(json.dumps(checkpoints.SEARCH), encoding="utf-8")
     report(model, output=folder / "r.html", plots=folder / "p", search=search)
     return folder
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import consolidate
 import consolidate.commands.run
@@ -20,6 +21,7 @@ from consolidate.commands import finetune_run
 from formats.atomic import claimed, claimed_in_place, partial_path
 from formats.errors import ForgettingError, InputError, UsageError
 from formats.fisher_folder import read_fisher
+from formats.step_record import StepRecord
 from support import tiny_models
 from support.checkpoints import Write
 from support.command_line import finished, launched
@@ -114,6 +116,28 @@ def test_the_second_run_does_nothing_and_times_mean_nothing(tasks: Path, tmp_pat
     assert result["accuracy_matrix"]["tasks"] == ["a", "b", "c"]
     assert contents(tmp_path / "out") == before
     assert {f: f.stat().st_mtime_ns for f in written} == written
+
+
+def test_where_nothing_is_to_be_done_no_space_is_needed(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(tasks, '"c-test.npz"\n', '"c-test.npz"\ntrain = false\n')
+    consolidate.run(tasks)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5))
+    for dry_run in (True, False):
+        assert reasons(consolidate.run(tasks, dry_run=dry_run)) == {}
+    assert "would be refused" not in caplog.text
+    shutil.rmtree(tmp_path / "out" / "03-c")
+    with pytest.raises(InputError, match="not enough disk space"):
+        consolidate.run(tasks)
+
+
+def test_the_folder_of_a_script_stays_first(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tasks.parent)
+    before = [*sys.path]
+    consolidate.run(tasks, dry_run=True)
+    assert sys.path == before
 
 
 def test_a_changed_lambda_does_again_what_comes_after_it(tasks: Path, tmp_path: Path) -> None:
@@ -255,6 +279,38 @@ def test_files_that_were_added_to_a_step_are_not_lost(tasks: Path, tmp_path: Pat
     assert reasons(consolidate.run(tasks)).keys() == {"01-a"}
 
 
+def test_files_that_were_added_to_a_step_are_not_lost_after_a_stop_either(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consolidate.run(tasks)
+    edit(tasks, "epochs = 3", "epochs = 2")
+    break_off(monkeypatch, 5)
+    with pytest.raises(Killed):
+        consolidate.run(tasks)
+    added = tmp_path / "out" / "01-a" / "eval.json"
+    added.write_text("{}")
+    for _ in range(2):
+        with pytest.raises(InputError, match="01-a has files that were added or changed"):
+            consolidate.run(tasks)
+    added.unlink()
+
+    # Of a checkpoint that is in place and not recorded yet, the card is new.
+    whole = consolidate.commands.run.write_step_record
+
+    def killed(path: Path, record: StepRecord) -> None:
+        if path.name == "01-a.json" and record.made is not None:
+            raise Killed
+        whole(path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(consolidate.commands.run, "write_step_record", killed)
+        with pytest.raises(Killed):
+            consolidate.run(tasks)
+    assert reasons(consolidate.run(tasks))["01-a"] == "not finished"
+    consolidate.run(tasks, output_dir=tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_task_after_the_first_is_never_left_without_its_penalty(
     tasks: Path, tmp_path: Path
 ) -> None:
@@ -303,6 +359,9 @@ def test_a_flipped_bit_is_found_and_made_good(tasks: Path, tmp_path: Path) -> No
     result = consolidate.run(tasks)
     assert list(reasons(result)) == ["02-b"]  # what follows starts from the same content again
     assert "its checkpoint is damaged" in reasons(result)["02-b"]
+    assert contents(tmp_path / "out") == before
+    os.truncate(tmp_path / "out" / "02-b" / "model.safetensors", 100)
+    assert "its checkpoint is damaged" in reasons(consolidate.run(tasks))["02-b"]
     assert contents(tmp_path / "out") == before
 
 
@@ -615,6 +674,23 @@ def test_a_dry_run_lists_a_finished_step_once(
     code, text, err = run_cli(capsys, "run", tasks, "--dry-run")
     assert (code, err) == (0, "")
     assert text.count("01-a  skipped\n") == 1
+
+
+def test_a_dry_run_knows_in_which_dtype_float16_is_measured(
+    tasks: Path, network_checkpoint: Path, write_task: Write
+) -> None:
+    weights = load_file(network_checkpoint / "model.safetensors")
+    narrow = {name: values.half() for name, values in weights.items()}
+    save_file(narrow, network_checkpoint / "model.safetensors", {"format": "pt"})
+    edit(tasks, "[config]\nsizes = [6, 8, 3]\n", "")
+    edit(tasks, "\noutput-dir", '\nstart = "start"\noutput-dir')
+    tasks.write_text(tasks.read_text().replace("[[task]]\n", "[[task]]\ntrain = false\n"))
+    consolidate.run(tasks)
+    write_task("b", seed=7)
+    assert reasons(consolidate.run(tasks, dry_run=True)) == {
+        "02-b": "changed: data",
+        "03-c": "changed: checkpoint it starts from",
+    }
 
 
 def test_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

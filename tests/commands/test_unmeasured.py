@@ -204,6 +204,44 @@ def test_other_rows_are_reported(
     assert read_fisher(tmp_path / "out/fisher").ledger.tasks[1].data == "other.npz"
 
 
+@pytest.mark.parametrize("way", ["fisher", "finetune"])
+def test_it_is_measured_on_rows_without_labels(
+    unmeasured: Path, write_task: Write, tmp_path: Path, way: str
+) -> None:
+    c, bare, out = write_task("c", seed=2), tmp_path / "bare.npz", tmp_path / "out"
+    np.savez(bare, inputs=np.load(tmp_path / "b.npz")["inputs"])
+    if way == "finetune":
+        finetune(unmeasured, c, output_dir=out, measure={"b": bare}, **COMMON)
+        assert read_fisher(out / "fisher").ledger.tasks[1].measured
+        return
+    with pytest.raises(InputError, match="expected a column 'label' or 'labels'"):
+        fisher(unmeasured, bare, task="b", estimator="empirical", **NETWORK)
+    fisher(unmeasured, bare, task="b", output_dir=out, **NETWORK)
+    fisher(unmeasured, tmp_path / "b.npz", task="b", **NETWORK)
+    for name, values in fisher_of(unmeasured).items():
+        torch.testing.assert_close(fisher_of(out)[name], values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_its_data_have_a_split_of_their_own(
+    unmeasured: Path, write_task: Write, tmp_path: Path, stated: bool
+) -> None:
+    b, c, folder = write_task("b", seed=1), write_task("c", seed=2), tmp_path / "both"
+    finetune(unmeasured, c, output_dir=tmp_path / "whole", measure={"b": b}, **COMMON)
+    for name, data in {"old": b, "new": c}.items():
+        (folder / name).mkdir(parents=True)
+        shutil.copy(data, folder / name)
+    task = tmp_path / "b.toml"
+    task.write_text(f'data = "{folder.name}"\nsplit = "old"\n')
+    measure = {"b": task if stated else b}
+    finetune(
+        unmeasured, folder, output_dir=tmp_path / "out", split="new", measure=measure, **COMMON
+    )
+    assert fisher_of(tmp_path / "out").keys() == fisher_of(tmp_path / "whole").keys()
+    for name, values in fisher_of(tmp_path / "whole").items():
+        assert torch.equal(fisher_of(tmp_path / "out")[name], values)
+
+
 def test_a_first_task_gives_a_plain_checkpoint(
     network_checkpoint: Path, write_task: Write, tmp_path: Path, caplog: Any
 ) -> None:
@@ -509,6 +547,25 @@ def test_what_cannot_have_been_trained_from_it_is_refused(
         fisher(wide, b, after=learned, **options)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "trained/fisher").exists()
+
+
+def scaled_network(config: dict[str, Any]) -> torch.nn.Sequential:
+    """A network whose last layer has no row for each outcome."""
+    return torch.nn.Sequential(*make_network(config), torch.nn.LayerNorm(3))
+
+
+def test_another_shape_is_named_where_no_head_is_found(tmp_path: Path, write_task: Write) -> None:
+    folders = [tmp_path / "old", tmp_path / "wide"]
+    for folder, sizes in zip(folders, ([6, 8, 3], [6, 9, 3]), strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"sizes": sizes}))
+        weights = scaled_network({"sizes": sizes}).state_dict()
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    old, wide = folders
+    own: dict[str, Any] = {"model": f"{__name__}:scaled_network"}
+    fisher(old, write_task("a"), **own)
+    with pytest.raises(InputError, match=r"'0.bias' has shape \[9\], not \[8\]"):
+        fisher(wide, write_task("b", seed=1), after=old, output_dir=tmp_path / "out", **own)
 
 
 def test_a_loop_of_ones_own_continues_the_chain(

@@ -14,7 +14,7 @@ from consolidate.data import chats
 from consolidate.data.encoding import encode
 from consolidate.models.loading import load_model
 from consolidate.models.model import Model
-from consolidate.options import Encoding
+from consolidate.options import Columns, Encoding
 from consolidate.views.summary import show_text
 from formats.checkpoint import open_checkpoint
 from formats.data import Rows, open_data
@@ -194,6 +194,14 @@ def test_a_prompt_and_its_completion_may_be_messages(template: str, tmp_path: Pa
         encode(mixed, model, Encoding(loss_on="assistant"))
     with pytest.raises(InputError, match=r"'completion': expected a list of messages .*'b'"):
         encode(jsonl(tmp_path / "d.jsonl", row | {"completion": "b"}), model)
+
+
+def test_named_prompts_are_read_beside_chats(tmp_path: Path) -> None:
+    model = gpt2(tmp_path, PLAIN)
+    rows = jsonl(tmp_path / "a.jsonl", {"messages": ONE, "question": "the cat", "answer": " sat"})
+    named = encode(rows, model, Encoding(columns=Columns(prompt="question", completion="answer")))
+    inputs, _ = next(iter(named.batches(1)))
+    assert model.processor.decode(inputs["input_ids"][0]) == "the cat sat<|endoftext|>"
 
 
 def test_the_loss_can_be_on_prompts_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def test_labels_without_names(tmp_path: Path) -> None:
         InputError, match="expected a label of the model, a number from 0 to 2, found 3"
     ):
         encode(jsonl(tmp_path, {"text": "a", "label": 3}), model)
-    with pytest.raises(InputError, match=r"found 'sci'.*id2label"):
+    with pytest.raises(InputError, match=r"found 'sci'; .*LABEL_0.* count as none.*id2label"):
         encode(jsonl(tmp_path, {"text": "a", "label": "sci"}), model)
 
 
@@ -342,6 +343,21 @@ def test_a_classifier_on_a_decoder_pads_without_a_padding_token(tmp_path: Path) 
         encode(jsonl(tmp_path, {"text": "", "label": 0}), model)
 
 
+@pytest.mark.parametrize("wrong", ["no row", "negative"])
+def test_a_padding_token_without_an_embedding_is_not_used(tmp_path: Path, wrong: str) -> None:
+    tokenizer, config = byte_tokenizer(), gpt2_config(num_labels=2)
+    if wrong == "no row":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    config.pad_token_id = tokenizer.pad_token_id or -1
+    save(tmp_path, transformers.GPT2ForSequenceClassification, config, tokenizer)
+    model = load_model(open_checkpoint(tmp_path))
+    rows = jsonl(tmp_path, {"text": "the cat sat", "label": 0}, {"text": "rain", "label": 1})
+    examples = encode(rows, model)
+    together = model_outputs(model.module, *first_batch(examples))
+    alone = [model_outputs(model.module, *batch) for batch in examples.batches(1)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-6)
+
+
 def test_several_labels(tmp_path: Path) -> None:
     model = bert(tmp_path, problem_type="multi_label_classification", **LABELS)
     rows = jsonl(
@@ -399,6 +415,47 @@ def test_labels_that_only_look_like_numbers_keep_their_names(tmp_path: Path) -> 
     assert label_names(csv(tmp_path, "label\n1\n01\n"), "classification") == ["01", "1"]
 
 
+def test_whole_numbers_written_with_a_fraction_are_names(tmp_path: Path) -> None:
+    rows = csv(tmp_path, "text,label\na,1.0\nb,2.0\n")
+    names = label_names(rows, "sequence-classification")
+    model = bert(tmp_path, id2label=dict(enumerate(names)), label2id={"1.0": 0, "2.0": 1})
+    assert first_batch(encode(rows, model))[1].tolist() == [0, 1]
+    with pytest.raises(InputError, match=r"one of the model's 2 labels, 1\.0, 2\.0, found '1'"):
+        encode(csv(tmp_path, "text,label\na,1\n"), model)
+
+
+def test_true_and_false_have_the_names_of_text_files(tmp_path: Path) -> None:
+    model = bert(tmp_path, id2label={0: "TRUE", 1: "FALSE"}, label2id={"TRUE": 0, "FALSE": 1})
+    lines = [{"text": "a", "label": True}, {"text": "b", "label": False}]
+    assert first_batch(encode(jsonl(tmp_path, *lines), model))[1].tolist() == [0, 1]
+    plain = bert(tmp_path / "plain")
+    assert first_batch(encode(jsonl(tmp_path, *lines), plain))[1].tolist() == [1, 0]
+
+
+def test_a_list_is_not_one_label(tmp_path: Path) -> None:
+    rows = jsonl(tmp_path, {"text": "a", "label": "x"}, {"text": "b", "label": ["x", "y"]})
+    with pytest.raises(InputError, match=r"row 2 .*one label, found a list of 2: .* multi-label"):
+        label_values(rows, "sequence-classification")
+    assert label_values(rows, "multi-label") == ["x", "y"]
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path: Path) -> None:
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+
+    def rows(*values: str) -> Rows:
+        columns = {"text": ["a"] * len(values), "label": [Decimal(value) for value in values]}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
+        return open_data(tmp_path / "train.parquet")
+
+    model = bert(tmp_path, **LABELS)
+    assert first_batch(encode(rows("2.00", "0.00"), model))[1].tolist() == [2, 0]
+    assert label_names(rows("2.00", "0.00"), "classification") == ["0", "1", "2"]
+    with pytest.raises(InputError, match=r"row 2.*class number per row, found 0\.5; .*regression"):
+        label_values(rows("1.0", "0.5"), "classification")
+    targets = encode(rows("1.50", "-2.00"), bert(tmp_path / "one", num_labels=1))
+    assert first_batch(targets)[1].tolist() == [1.5, -2.0]
+
+
 def test_a_column_of_ids_makes_no_head(tmp_path: Path) -> None:
     rows = csv(tmp_path, "text,label\na,3\nb,4000000000\n")
     with pytest.raises(InputError, match=r"row 2 .*from 0, of 2 classes, found 4000000000"):
@@ -408,6 +465,14 @@ def test_a_column_of_ids_makes_no_head(tmp_path: Path) -> None:
         label_names(rows, "sequence-classification")
     rows = csv(tmp_path, "label\nid-0\n" + "".join(f"id-{i}\n" for i in range(20)))
     assert len(label_names(rows, "sequence-classification")) == 20
+
+
+def test_classes_that_the_data_state_are_a_first_head(tmp_path: Path) -> None:
+    for i in range(1001, 1021):
+        (tmp_path / f"images/{i}").mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / f"images/{i}/a.png")
+    names = label_names(open_data(tmp_path / "images"), "image-classification")
+    assert names == [str(i) for i in range(1001, 1021)]
 
 
 def test_a_folder_named_by_a_number_that_is_no_class_is_refused(tmp_path: Path) -> None:
@@ -438,6 +503,8 @@ def test_regression(tmp_path: Path) -> None:
     ]:
         with pytest.raises(InputError, match=rf"train\.csv.*'label'.*{message}"):
             encode(csv(tmp_path, f"text,label\na,{wrong}\n"), model)
+    with pytest.raises(InputError, match="'label': the label is missing"):
+        encode(jsonl(tmp_path, {"text": "a", "label": None}), model)
 
 
 # --- words -------------------------------------------------------------------------------------
@@ -466,6 +533,16 @@ def test_words_label_their_first_token(tmp_path: Path) -> None:
     assert default_estimator(model, encode(jsonl(tmp_path, first, tags), model)) == "mc"
     with pytest.raises(InputError, match="1 labels for 2 words"):
         encode(jsonl(tmp_path, {"tokens": ["a", "b"], "labels": [0]}), model)
+
+
+def test_the_last_of_many_words_have_their_own_labels(tmp_path: Path) -> None:
+    model = bert(tmp_path, "TokenClassification", **LABELS)
+    model.processor.truncation_side = "left"
+    count = 70_000
+    words, tags = ["cat"] * count, [0] * (count - 2) + [1, 2]
+    rows = jsonl(tmp_path, {"tokens": words, "labels": tags})
+    _, labels = first_batch(encode(rows, model))
+    assert labels[0].tolist()[-3:] == [1, 2, -100]
 
 
 def test_byte_pairs_of_words_have_the_space_before_them(tmp_path: Path) -> None:

@@ -811,10 +811,10 @@ def test_numbers_that_are_not_finite():
         def forward(self, x: Tensor) -> Tensor:
             return x[:, :3] + (self.w * (x[:, :1] > 0)).sqrt()
 
-    with pytest.raises(NonFiniteError, match=r"'w' is not finite in batch 1 \(examples 0 to 2\)"):
+    with pytest.raises(NonFiniteError, match=r"batch 1 \(examples 0 to 2, counted from 0\)"):
         fisher_diagonal(Root(), cut(x.abs(), y, 3), "softmax")
     places = [*range(30, 18, -1)]
-    message = r"'w' is not finite in batch 1 \(examples 30, 29, 28, 27, 26, 25, 24, 23, …\)"
+    message = r"'w' is not finite in batch 1 \(examples 30, 29, 28, 27, 26, 25, 24, 23, …, "
     with pytest.raises(NonFiniteError, match=message):
         fisher_diagonal(
             Root(), cut(x.abs().repeat(2, 1), y.repeat(2), 9), "softmax", indices=places

@@ -62,6 +62,31 @@ def test_everything_is_read_and_paths_are_relative_to_the_file(tmp_path: Path) -
     )
 
 
+def test_a_checkpoint_on_the_hub_may_have_a_revision(tmp_path: Path) -> None:
+    path = write(tmp_path, 'start = "user/a@v1"\nfisher = "user/b@v2"\n' + TASK)
+    run = read_run_file(path, OPTIONS)
+    assert (run.start, run.fisher) == ("user/a@v1", "user/b@v2")
+    (tmp_path / "user" / "a@v1").mkdir(parents=True)
+    assert read_run_file(path, OPTIONS).start == str(tmp_path / "user" / "a@v1")
+
+
+def test_nothing_is_taken_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("models/base", "models/base@v1", "rows", "configs"):
+        (tmp_path / name).mkdir(parents=True)
+    text = 'start = "models/base"\nfisher = "models/base@v1"\n' + TASK.replace("a.npz", "rows")
+    write(tmp_path / "configs", text)
+    monkeypatch.chdir(tmp_path)
+    run = read_run_file(Path("configs", "tasks.toml"), OPTIONS)
+    beside = tmp_path / "configs"
+    assert (run.start, run.fisher, run.tasks[0].data) == (
+        str(beside / "models/base"),
+        str(beside / "models/base@v1"),
+        str(beside / "rows"),
+    )
+
+
 def test_what_is_left_out(tmp_path: Path) -> None:
     run = read_run_file(write(tmp_path, '[[task]]\nname = "a"\ndata = "a.npz"\n'), OPTIONS)
     assert (run.start, run.output_dir, run.config, run.defaults) == (None, None, None, {})

@@ -31,14 +31,7 @@ from consolidate.runtime.torchrun import rank
 from formats.errors import UsageError
 from support import together
 from support.checkpoints import Write
-from support.distributed_cases import (
-    FISHERS,
-    SHARDED,
-    TRAININGS,
-    statistics,
-    told,
-    write_found,
-)
+from support.distributed_cases import FISHERS, SHARDED, TRAININGS, statistics, told, write_found
 from support.networks import NETWORK
 
 TESTS = Path(__file__).parent.parent

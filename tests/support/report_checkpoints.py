@@ -1,6 +1,5 @@
 """Checkpoints to report on: a Fisher folder whose ledger is as a test wants it, and no weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +136,3 @@ SEARCH: dict[str, Any] = {
     }
 }
 """What a report reads of the result of the search that `chain` learned its task b with."""
-
-
-def write_search(path: Path) -> Path:
-    """Write the result of the search of `chain`."""
-    path.write_text(json.dumps(SEARCH), encoding="utf-8")
-    return path

@@ -207,6 +207,7 @@ def test_a_failing_command_says_so_in_json_too(
         pytest.param(
             *('"$@" >/dev/full', ["--version"], 3, "error: output: no space left\n"), marks=FULL
         ),
+        pytest.param('"$@" 2>/dev/full', ["show", "no such"], 3, "", marks=FULL),
         ('trap "" PIPE; { "$@"; echo $? >&2; } | true', ["fisher", "--help"], 0, "141\n"),
         (
             *('trap "" PIPE; { "$@"; echo $? >&2; } | true', ["show", "no such", "--json"], 0),
@@ -448,6 +449,7 @@ def test_misspelt_variables_are_told_without_their_values(
 ) -> None:
     monkeypatch.setenv("CONSOLIDATE_FINETUNE_EWC_LAMDA", "secret")
     monkeypatch.setenv("CONSOLIDATE_QUXQUUX", "secret")
+    monkeypatch.setenv("CONSOLIDATE_VERSION", "secret")
     monkeypatch.setenv("CONSOLIDATE_FISHER_MAX_EXAMPLES", "6")
     code, _, err = run(capsys, "verify", network_checkpoint)
     assert code == 3
@@ -552,6 +554,34 @@ def test_a_second_ctrl_c_leaves_at_once(
     assert (code, out) == (130, "waits\n")
     assert err.endswith("interrupted\n")
     assert not list(tmp_path.glob(".out*"))
+
+
+@FULL
+def test_a_full_log_ends_no_training_and_loses_no_progress(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "stops.py").write_text(
+        "import os, signal\n"
+        "from support.networks import make_network\n"
+        "steps = []\n"
+        "def stop(module, inputs):\n"
+        "    steps.append(module.training)\n"
+        "    if sum(steps) == 3: os.kill(os.getpid(), signal.SIGINT)\n"
+        "def network(config):\n"
+        "    module = make_network(config)\n"
+        "    module.register_forward_pre_hook(stop)\n"
+        "    return module\n"
+    )
+    write_task("new")
+    with open("/dev/full", "w") as full:
+        process = launched(
+            *("finetune", "start", "--data", "new.npz", "--model", "stops:network"),
+            *("--output-dir", "out", "--penalty", "none", "--log-every", "1"),
+            cwd=tmp_path,
+            stderr=full,
+        )
+        assert finished(process)[0] == 130
+    assert (tmp_path / ".out.consolidate-partial").exists()
 
 
 def test_debug_shows_where_and_keeps_the_code(

@@ -16,6 +16,7 @@ from consolidate.training.loop import (
     freeze_statistics,
     make_optimizer,
     make_scheduler,
+    remeasure_statistics,
     seeded,
     training_steps,
 )
@@ -266,6 +267,36 @@ def test_a_batch_of_one_example_is_normalized_by_running_statistics() -> None:
     assert pictures[2].num_batches_tracked == 1  # three values a channel have a variance
 
 
+def test_statistics_are_measured_again_wherever_there_are_several_values() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Flatten(),
+        nn.Linear(12, 3), nn.BatchNorm1d(3),
+    ).double()  # fmt: skip
+    wide, narrow = model[2], model[5]
+    data = batches([8, 1, 1])
+    parts = [model[:2](x) for x, _ in data]
+
+    def mean(over: list[Tensor], dims: tuple[int, ...]) -> list[Tensor]:
+        rows = sum(map(len, over))
+        moments = [(len(x) / rows * x.mean(dims), len(x) / rows * x.var(dims)) for x in over]
+        return [sum(one) for one in zip(*moments, strict=True)]
+
+    start = [narrow.running_mean.clone(), narrow.running_var.clone()]
+    remeasure_statistics(model, data[1:])
+    torch.testing.assert_close([wide.running_mean, wide.running_var], mean(parts[1:], (0, 2)))
+    torch.testing.assert_close([narrow.running_mean, narrow.running_var], start)
+    remeasure_statistics(model, data)
+    torch.testing.assert_close([wide.running_mean, wide.running_var], mean(parts, (0, 2)))
+    # Of the first batch, which the other layer normalized by that batch alone.
+    normed = nn.functional.batch_norm(parts[0], None, None, wide.weight, wide.bias, training=True)
+    expected = mean([model[4](normed.flatten(1))], (0,))
+    torch.testing.assert_close([narrow.running_mean, narrow.running_var], expected)
+    assert model.training
+    assert wide.momentum == narrow.momentum == 0.1
+    assert wide.num_batches_tracked == narrow.num_batches_tracked == 0
+
+
 def test_statistics_that_follow_a_new_task_forget_the_old_one() -> None:
     """Even where no weight moves: the penalty holds parameters, and statistics are none."""
     torch.manual_seed(0)
@@ -308,16 +339,30 @@ def test_a_loss_that_is_not_finite_takes_no_step() -> None:
     assert torch.equal(model[0].weight, start[0].weight)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_sparse_gradients_are_learned_from_like_dense_ones(name: str) -> None:
-    found = []
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adam", {}),
+        ("adamw", {}),
+        ("sgd", {}),
+        ("sgd", {"max_grad_norm": 0.1}),
+        ("sgd", {"weight_decay": 0.1}),
+        ("sgd", {"momentum": 0.9}),
+    ],
+)
+def test_sparse_gradients_are_learned_from_like_dense_ones(
+    name: str, options: dict[str, float]
+) -> None:
+    found, own = [], {key: value for key, value in options.items() if key != "max_grad_norm"}
     for sparse in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(6, 3, sparse=sparse), nn.Flatten(), nn.Linear(6, 3))
         data = [(torch.tensor([[0, 1], [1, 4]]), torch.tensor([0, 2]))] * 3
-        optimizer = make_optimizer(name, model.parameters(), learning_rate=0.1)
+        optimizer = make_optimizer(name, model.parameters(), learning_rate=0.1, **own)
         scheduler = make_scheduler("constant", optimizer, warmup_steps=0, total_steps=3)
-        list(training_steps(model, data, SOFTMAX, optimizer, scheduler, Recipe()))
+        list(training_steps(model, data, SOFTMAX, optimizer, scheduler, Recipe(**options)))
+        kept = [value for values in optimizer.state.values() for value in values.values()]
+        assert not any(isinstance(value, Tensor) and value.is_sparse for value in kept)
         found.append(model[0].weight)
     torch.testing.assert_close(*found)
 

@@ -175,6 +175,7 @@ def test_a_gate_that_fails_and_a_command_that_fails(
     code, _, err = run(capsys, *words, "--metrics", tmp_path / "m.json")
     assert code == 5, err
     assert [found.info.status for found in runs()] == ["FAILED"] * 3
+    assert [step for step, _ in points(runs()[-1].info.run_id, "forgetting")] == [2]
     for found in (runs()[-1].data.metrics, json.loads((tmp_path / "m.json").read_text())):
         assert found["forgetting"] > 0
         assert not {"loss", "steps", "penalty_value"} & {*found}
