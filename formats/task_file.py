@@ -97,8 +97,13 @@ def resolve(data: str, folder: Path, *, revision: bool = False) -> str:
     try:
         local = folder / expanded(data)
         if not local.exists() and looks_like_hub_id(data.partition("@")[0] if revision else data):
-            # What the working folder has of that name is not what the file refers to.
-            return str(local.absolute()) if Path(data).exists() else data
+            if Path(data).exists():
+                raise InputError(
+                    f"{data!r} is not in {folder.absolute()}, and not looked for on the Hub, as "
+                    "the working folder has one of that name: give the path from the file's "
+                    "folder, or work in another folder"
+                )
+            return data
     except OSError as error:  # too long
         raise InputError(f"{data[:80]!r} is not a valid path: {error}") from None
     if "\0" in data:

@@ -199,6 +199,8 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
         values[name] = torch.cat([old, mean.expand(wanted - count, *old.shape[1:])])
     if hasattr(module, "final_logits_bias"):  # a buffer of BART and its like, (1, tokens)
         for name in layout.file_names("final_logits_bias"):
+            if source.weights[name].shape[-1] != count:
+                continue  # of a decoder with its own embedding
             values[name] = nn.functional.pad(source.weights[name], (0, wanted - count))
     LOG.info(
         "the tokenizer has %d tokens, the embedding %d rows: %s extended with the mean of its rows",

@@ -96,7 +96,7 @@ def fisher(options: FisherOptions, *, again: bool = False) -> FisherResult:
     output = folder if options.output_dir is None else Path(options.output_dir)
     part = "fisher" if options.output_dir is None else None
     with nullcontext() if options.dry_run else claiming(output, part=part):
-        again = again or lacks_texts(options.generation)
+        again = again or (not options.dry_run and lacks_texts(options.generation))
         plan = plan_fisher(options, folder, again=again)
         done = cached(plan.there, plan.made_from)
         if done is not None and has_texts(options, done.ledger):

@@ -47,7 +47,7 @@ from consolidate.training.loop import default_statistics
 from consolidate.views.matrix import ledger_matrix, matrix_summary
 from formats.atomic import has_content, replace_folder, write_file
 from formats.benchmark import benchmark_task
-from formats.checkpoint import CARD, open_checkpoint, weight_records
+from formats.checkpoint import CARD, Checkpoint, open_checkpoint, weight_records
 from formats.digest import json_digest
 from formats.errors import ConsolidateError, ForgettingError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME
@@ -429,10 +429,10 @@ def _replaced(step: Step, record: StepRecord | None) -> dict[str, Any] | None:
     if record is None or earlier is None or not has_content(step.target):
         return earlier
     try:
-        found = _identity(step.target)
+        found, damaged = _identity(step.target), False
     except ConsolidateError:
-        return earlier  # damaged
-    if record.made is None:  # interrupted, perhaps after the output was replaced
+        found, damaged = checkpoint_content(Checkpoint(step.target, {}, {}), None, {}), True
+    if record.made is None and not damaged:  # interrupted, perhaps after the output was replaced
         output, asked_for = find_output(step.target), json_digest(record.made_from)
         other = found["weights"] != earlier["weights"]
         if other if output is None else output.made_from == asked_for:

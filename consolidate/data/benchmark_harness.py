@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.constants import is_offline_mode
 from torch.distributed import ProcessGroup
 
 from consolidate.estimation.batches import out_of_memory
@@ -155,6 +156,8 @@ def _explained(data: str | Path, error: Exception) -> ConsolidateError:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(meaning := explain(cause), NetworkError):
+            if is_offline_mode():
+                return InputError(f"{data}: {meaning}: name a local task file")
             return NetworkError(f"{data}: {meaning}; try again, or name a local task file")
         cause = cause.__cause__ or cause.__context__
     return InputError(f"{data}: lm-eval fails with {type(error).__name__}: {first_line(error)}")

@@ -129,7 +129,7 @@ def remeasure_statistics(
     place, seen = place_of(model), dict.fromkeys(norms, 0)
 
     def weigh(norm: _NormBase, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        [values] = [*given, *named.values()]
+        values = [*given, *named.values()][0]
         norm.train(not isinstance(norm, BATCH_NORMS) or _has_variance(values))
         if norm.training:
             seen[norm] += len(values)

@@ -218,6 +218,15 @@ def test_it_is_up_to_date_or_not(gpt2: Path, tmp_path: Path) -> None:
     assert len(texts.read_text().splitlines()) == 6
 
 
+def test_a_dry_run_with_texts_to_write_says_what_would_be_refused(
+    gpt2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    consolidate.fisher(gpt2, **FEW)
+    with caplog.at_level("INFO"):
+        consolidate.fisher(gpt2, **FEW, save_generated=tmp_path / "texts.jsonl", dry_run=True)
+    assert "fisher already exists" in caplog.text
+
+
 def test_other_texts_in_the_file_are_noticed_where_all_is_up_to_date(
     gpt2: Path, tmp_path: Path
 ) -> None:

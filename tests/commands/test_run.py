@@ -265,6 +265,12 @@ def test_files_that_were_added_to_a_step_are_not_lost(tasks: Path, tmp_path: Pat
         with pytest.raises(InputError, match="02-b has files that were added or changed"):
             consolidate.run(tasks)
         edit(tasks, "epochs = 2", "epochs = 3")
+    weights = added.with_name("model.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])  # damaged besides
+    with pytest.raises(InputError, match="02-b has files that were added or changed"):
+        consolidate.run(tasks)
+    weights.write_bytes(whole)
     added.unlink()
     consolidate.run(tasks)
     card = added.with_name("README.md")

@@ -19,7 +19,7 @@ from consolidate.data.benchmark_files import benchmark_content
 from consolidate.data.benchmarks import open_benchmark
 from consolidate.models.adapters import load
 from formats.checkpoint import open_checkpoint
-from formats.errors import InputError, NetworkError, UsageError
+from formats.errors import InputError, UsageError
 from formats.fisher_json import read_ledger
 from support import together
 from support.command_line import run as typed
@@ -498,7 +498,7 @@ def test_data_that_the_hub_would_have(
     file = write(folder / "far.yaml", {k: v for k, v in (CHOICE | far).items() if v is not None})
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(NetworkError, match=r"cannot be reached.*or name a local task file"):
+    with pytest.raises(InputError, match=r"cannot be reached.*: name a local task file"):
         evaluate(llama, f"lm-eval:{file}")
 
 

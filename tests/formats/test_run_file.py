@@ -75,16 +75,18 @@ def test_nothing_is_taken_from_the_working_folder(
 ) -> None:
     for name in ("models/base", "models/base@v1", "rows", "configs"):
         (tmp_path / name).mkdir(parents=True)
-    text = 'start = "models/base"\nfisher = "models/base@v1"\n' + TASK.replace("a.npz", "rows")
-    write(tmp_path / "configs", text)
     monkeypatch.chdir(tmp_path)
-    run = read_run_file(Path("configs", "tasks.toml"), OPTIONS)
-    beside = tmp_path / "configs"
-    assert (run.start, run.fisher, run.tasks[0].data) == (
-        str(beside / "models/base"),
-        str(beside / "models/base@v1"),
-        str(beside / "rows"),
-    )
+    for name, text in (
+        ("models/base", 'start = "models/base"\n' + TASK),
+        ("models/base@v1", 'fisher = "models/base@v1"\n' + TASK),
+        ("rows", TASK.replace("a.npz", "rows")),
+    ):
+        write(tmp_path / "configs", text)
+        said = f"'{name}' is not in {tmp_path / 'configs'}, and not looked for on the Hub"
+        with pytest.raises(InputError, match=re.escape(said)):
+            read_run_file(Path("configs", "tasks.toml"), OPTIONS)
+        (tmp_path / "configs" / name).mkdir(parents=True)
+        read_run_file(Path("configs", "tasks.toml"), OPTIONS)
 
 
 def test_what_is_left_out(tmp_path: Path) -> None:
