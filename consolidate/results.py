@@ -451,6 +451,13 @@ class FinetuneDryRun(PeakMemory):
     seconds_per_step: float
     seconds: Annotated[float, about("Of all steps.")]
     output_bytes: Annotated[Bytes, about("At most.")]
+    fisher_memory: Annotated[
+        int | None,
+        about(
+            "In bytes, what the weights and the sums of the Fisher after the training take, over "
+            "all shards; without factors and activations. null: it is not measured."
+        ),
+    ]
 
 
 FinetuneResult = FinetuneDone | FinetuneCached | FinetuneDryRun

@@ -6,10 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from support import loopback_hub
 from support.checkpoints import Write, first_task, random_network, write_clusters
 from support.networks import FAST
+
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 
 @pytest.fixture

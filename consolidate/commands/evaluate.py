@@ -1,7 +1,7 @@
 """What `consolidate evaluate` does, without the command line: evaluate a checkpoint on tasks."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
-from consolidate.options import EvaluateOptions
+from consolidate.options import Columns, EvaluateOptions
 from consolidate.results import Benchmark as BenchmarkResult
 from consolidate.results import EvaluateResult
 from consolidate.runtime.devices import best_device, dtype_of_name
@@ -79,8 +79,9 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         with_heads = models_of_tasks(load_as, model, stored, tasks)
     for name, benchmark in benchmarks.items():
         benchmark.check(with_heads.get(name, model))
+    known = {column for _, rows in opened.values() for column in rows.columns}
     encoded = {
-        name: _encode(rows, with_heads.get(name, model), task_file, options)
+        name: _encode(rows, with_heads.get(name, model), task_file, options, known)
         for name, (task_file, rows) in opened.items()
     }
     log_images(*encoded.values())
@@ -113,8 +114,14 @@ def _opened(options: EvaluateOptions) -> tuple[Checkpoint, StoredFisher | None]:
     return source, _stored_heads(folder / "fisher", ledger, source, options.task)
 
 
-def _encode(rows: Rows, model: Model, task_file: TaskFile, options: EvaluateOptions) -> Examples:
-    columns = columns_of(options.encoding.columns, task_file.columns())
+def _encode(
+    rows: Rows, model: Model, task_file: TaskFile, options: EvaluateOptions, known: Collection[str]
+) -> Examples:
+    given = options.encoding.columns
+    if model.objective.language:  # names may be of other data
+        lacking = {*known}.difference(rows.columns)
+        given = Columns(**{r: n for r, n in asdict(given).items() if n not in lacking})
+    columns = columns_of(given, task_file.columns())
     return encode(rows, model, replace(options.encoding, columns=columns), seed=options.seed)
 
 

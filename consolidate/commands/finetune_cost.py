@@ -66,5 +66,16 @@ def training_cost(plan: "Plan", start: "Start") -> FinetuneDryRun:
         "seconds_per_step": each,
         "seconds": each * steps,
         "output_bytes": output_bytes(opened.source, whole=True),
+        "fisher_memory": None if plan.options.measuring.no_fisher else _fisher_memory(plan, start),
         **peak_memory(device),
     }
+
+
+def _fisher_memory(plan: "Plan", start: "Start") -> int:
+    """Count the bytes of the weights, and of two sums for each that is measured."""
+    # An adapter's frozen weights are measured once it is merged; its own few count as well.
+    parameters = list(start.model.module.parameters())
+    measured = [p for p in parameters if p.requires_grad] + (start.frozen or [])
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    dtype: torch.dtype = getattr(torch, plan.options.estimation.accumulate_dtype)
+    return weights + 2 * dtype.itemsize * sum(p.numel() for p in measured)

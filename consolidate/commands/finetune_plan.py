@@ -41,7 +41,7 @@ from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.digest import json_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
-from formats.hub import FISHER, commits_of, locate
+from formats.hub import FISHER, commits_of, find_local, locate
 from formats.rows import Rows
 from formats.task_file import TaskFile, open_task
 
@@ -334,7 +334,7 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         assert source.base is not None
         place = find_fisher(source.base.path, fisher)
         protecting = None if place is None else stored_fisher(place, source.base)
-        where = (source.base.path, source.base.path)
+        where = (source.base.path, asked_source.base_model or source.base.path)
     objective = asked_source.objective
     to_measure = () if penalty.protect_self is None else (TASK,)
     if protecting is None and kind == "ewc" and not to_measure:
@@ -343,9 +343,15 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         itself = ""
         if _generates(source):
             itself = ", or measure it on texts it generates with --protect-self N"
+        to = "" if find_local(where[1]).is_dir() else " --output-dir DIR"
+        kind_of_task = str(objective or settled_objective(source.config))
+        # Those of tokens say which of them count, and texts have none.
+        of_tokens = kind_of_task.endswith(("-lm", "token-classification"))
+        labels = "" if of_tokens else " (labels are not needed)"
         raise InputError(
-            f"{where[0]} holds no Fisher: run `consolidate fisher {where[1]} --data OLD_DATA` "
-            f"first, or name one with --fisher{itself}"
+            f"{where[0]} holds no Fisher: run `consolidate fisher {where[1]} --data OLD_DATA{to}` "
+            f"first{labels}, or name one with --fisher{itself}; without old data: --penalty l2, or "
+            "--penalty none --interpolate auto"
         )
     merging = settled_merging(before, options.merging)
     task_file, rows = open_task(options.data, split=options.encoding.split)

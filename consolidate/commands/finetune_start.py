@@ -246,21 +246,24 @@ def _encode_named(
 ) -> dict[str, Examples]:
     """Encode test data, each for the model that it is measured with."""
     encoded = {}
-    for name, spec in data.items():
-        task_file, rows = open_task(spec)
-        columns = _columns_of(plan, task_file, rows)
+    opened = {name: open_task(spec) for name, spec in data.items()}
+    known = {*plan.opened.rows.columns, *(c for _, rows in opened.values() for c in rows.columns)}
+    for name, (task_file, rows) in opened.items():
+        columns = _columns_of(plan, task_file, rows, known if model.objective.language else ())
         loss_on = _loss_on(plan, rows, columns, name)
         encoded[name] = _encode(plan, rows, with_heads.get(name, model), columns, loss_on)
     return encoded
 
 
-def _columns_of(plan: "Plan", task_file: TaskFile, rows: Rows) -> Columns:
+def _columns_of(plan: "Plan", task_file: TaskFile, rows: Rows, known: Collection[str]) -> Columns:
     """Name the columns of test data: as their task file does, else as the new task's.
 
-    Where the task file names what the model reads, the new task's names that the rows lack are left
-    out.
+    The new task's names of known columns that the rows lack are left out, and where the task file
+    names what the model reads, so are all others that they lack.
     """
-    columns, stated = asdict(plan.opened.columns), task_file.columns()
+    lacking = {*known}.difference(rows.columns)
+    columns = {r: name for r, name in asdict(plan.opened.columns).items() if name not in lacking}
+    stated = task_file.columns()
     if stated.keys() - {"label", "target"}:
         there = {"label", "target"} | {r for r, name in columns.items() if name in rows.columns}
         columns = {role: name for role, name in columns.items() if role in there}

@@ -26,7 +26,7 @@ from formats.digest import json_digest
 from formats.errors import ConsolidateError, InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.fisher_json import TaskRecord, read_ledger
-from formats.hub import FISHER, VALUES, locate
+from formats.hub import FISHER, VALUES, find_local, locate
 from formats.rows import file_digest
 from formats.tensors import dtype_of
 
@@ -145,8 +145,10 @@ def find_checkpoint(options: FisherOptions) -> Path:
         )
     checkpoint = options.checkpoint
     without = FISHER if options.after is not None else () if options.add else VALUES
-    folder = locate(checkpoint, options.source.revision, without=without)
-    if in_place and (not folder.is_dir() or not Path(checkpoint).exists()):
+    absent = in_place and not find_local(checkpoint).exists()
+    only = ("config.json",) if absent else None  # a name that is wrong is refused as such
+    folder = locate(checkpoint, options.source.revision, only=only, without=without)
+    if absent or (in_place and not folder.is_dir()):
         raise UsageError(
             f"{checkpoint} is not a local folder: name the folder to write to with --output-dir"
         )

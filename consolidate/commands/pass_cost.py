@@ -16,6 +16,7 @@ from consolidate.models.model import Model
 from consolidate.options import Estimation
 from consolidate.results import PassCost, PeakMemory
 from consolidate.runtime.distributed import all_processes, place_in
+from consolidate.runtime.shards import is_sharded
 
 SAMPLED_BATCHES = 3
 """Batches from which the time of a whole pass is estimated."""
@@ -71,6 +72,7 @@ def pass_cost(
         **estimator_arguments(few_labels, structure, seed),
         indices=[i for batch in sample for i in batch],
         progress=clock,
+        group=all_processes() if is_sharded(model.module) else None,
     )
     checked, *others = [(after - before) * labels / fewer for before, after in pairwise(times)]
     each = sum(others) / sum(map(len, sample[1:]))

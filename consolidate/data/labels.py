@@ -342,7 +342,13 @@ def read_labels(
         return _targets(rows, column, model), []
     reader = Labels(rows, column, model, count)
     read = reader.vector if model.objective.name == "multi-label" else reader.index
-    labels = [read(value, i) for i, value in enumerate(rows.values(column))]
+    labels = []
+    for i, value in enumerate(rows.values(column)):
+        try:
+            labels.append(read(value, i))
+        except InputError as error:
+            left_out = "" if needed else "; or leave the column out: no labels are needed here"
+            raise InputError(f"{error}{left_out}") from None
     return torch.tensor(labels), reader.notes
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_backend_config
+from torch.distributed.tensor import DTensor
 
 from consolidate.estimation.batches import Batch, eval_mode, model_outputs, place_of, split_batch
 from consolidate.estimation.covered_layers import covered_layers
@@ -35,7 +36,10 @@ from formats.fisher_json import ESTIMATORS, Block
 STRUCTURES = ("diagonal", "inputs")
 
 LEAST_EXAMPLES = 64
-"""The examples before which no tolerance ends a pass: fewer show too little of their spread."""
+"""The examples before which no tolerance ends a pass: fewer show too little of their spread.
+
+For `batched` these are batches.
+"""
 
 
 class Estimator(NamedTuple):
@@ -67,7 +71,9 @@ def score_vectors(
     likelihood.check_labels(outputs, labels)
     match estimator.name:
         case "exact":
-            check_outcomes(likelihood.outcomes(outputs, labels), estimator.max_outcomes)
+            rows = range(len(labels))  # each alone, as another's predicted positions are not its
+            most = max(likelihood.outcomes(outputs[i : i + 1], labels[i : i + 1]) for i in rows)
+            check_outcomes(most, estimator.max_outcomes)
             yield from likelihood.exact_scores(outputs, labels)
         case "empirical":
             yield likelihood.observed_scores(outputs, labels)
@@ -163,7 +169,7 @@ def fisher_diagonal(
     likelihood = get_likelihood(likelihood)
     _check_options(estimator, structure, mc_samples, accumulate_dtype, kernel)
     _check_tolerance(tolerance, tolerance_every)
-    _check_group(group)
+    _check_group(group, model, numbered=indices is not None or estimator in ("exact", "empirical"))
     samples = mc_samples if estimator in ("mc", "batched") else None
     method = Estimator(estimator, samples, seed, max_outcomes)
     parameters = measurable(model)
@@ -245,8 +251,16 @@ def _check_tolerance(tolerance: float | None, every: int) -> None:
         raise UsageError(f"tolerance_every is {every}: expected at least 1")
 
 
-def _check_group(group: ProcessGroup | None) -> None:
-    """Refuse processes that cannot share numbers on the CPU, as NCCL's cannot."""
+def _check_group(group: ProcessGroup | None, model: nn.Module, *, numbered: bool) -> None:
+    """Refuse processes that would not get the Fisher of all, or not the one of a single process."""
+    parts = (p.device_mesh.size() for p in model.parameters() if isinstance(p, DTensor))
+    if group is None and max(parts, default=1) > 1:
+        raise UsageError("a sharded model needs group, the processes that have its parts")
+    if not numbered and place_in(group)[1] > 1:
+        raise UsageError(
+            "several processes would draw the same labels: give indices, the examples' numbers "
+            "among those of all processes"
+        )
     if group is not None and "cpu:" not in (found := get_backend_config(group)):
         raise UsageError(
             f"group has the backend {found}: expected one for the CPU too, as after "
@@ -316,8 +330,8 @@ def _blocks(
     if not blocks and note is not None:
         note(
             "structure inputs: no layer is covered, so only the diagonal is measured (covered are "
-            "linear layers and 1D or 2D convolutions without groups, not tied, of at most 4 "
-            "times their outputs)"
+            "linear layers and 1D or 2D convolutions without groups, not tied, with at most 4 "
+            "times as many inputs as outputs)"
         )
     return blocks
 
@@ -395,8 +409,9 @@ def _is_settled(measured: Pass, tolerance: float, behind: bool, group: ProcessGr
     `behind` means that this process still reads what the resumed pass had added before.
     """
     measured.count()
-    any_behind, examples = summed(group, behind, measured.examples)
-    if any_behind or examples < LEAST_EXAMPLES:
+    draws = 0 if measured.accumulators is None else measured.accumulators.counts.draws
+    any_behind, of_all = summed(group, behind, draws)
+    if any_behind or of_all < LEAST_EXAMPLES:
         return False
     errors = measured.relative_errors(group)
     return bool(errors) and max(errors.values()) <= tolerance

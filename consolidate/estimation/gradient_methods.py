@@ -444,8 +444,11 @@ def _failed(
         return dict.fromkeys(names or marked, in_words(error))
     largest = max(expected.largest.values())
 
+    def coarser(name: str) -> float:  # rules compute in the sums' dtype
+        return max(torch.finfo(dtype).eps for dtype in (parameters[name].dtype, probe.dtype))
+
     def agrees(name: str) -> bool:
-        eps = torch.finfo(parameters[name].dtype).eps
+        eps = coarser(name)
         rounding = min(100 * eps, eps**0.5)  # for what is only rounding, as a key bias has
         # Normalization is often in float32, whatever the dtype of the weights.
         allowed = max(eps**0.5, 1e-6) * expected.largest[name] + rounding * largest
@@ -455,7 +458,7 @@ def _failed(
 
     wrong = {name for name in marked if name in recording.mismatched or not agrees(name)}
     for key, block in made.items():
-        eps = torch.finfo(parameters[expected.blocks[key].parameters[0]].dtype).eps
+        eps = coarser(expected.blocks[key].parameters[0])
         total = torch.linalg.vector_norm(expected.products[key], 1).item()
         if not _squares_agree(block.sub_(expected.products[key]), total, eps, largest):
             wrong |= marked & {*expected.blocks[key].parameters}

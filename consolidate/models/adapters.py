@@ -22,7 +22,7 @@ from formats.wording import few
 
 
 def load(checkpoint: Checkpoint, **options: Any) -> Model:
-    """Load a whole model, or an adapter in its frozen base model; its layout is the adapter's."""
+    """Load a whole model, or an adapter in its frozen base model, with its layout and tokenizer."""
     if checkpoint.base is None:
         return load_model(checkpoint, **options)
     freeze = options.pop("freeze", ())
@@ -31,7 +31,7 @@ def load(checkpoint: Checkpoint, **options: Any) -> Model:
             f"{checkpoint.path} is an adapter, and only a whole model can have a new head; start "
             "from a whole model"
         )
-    model = load_model(checkpoint.base, **options)
+    model = load_model(checkpoint.base, adapter=checkpoint, **options)
     _attach(model, checkpoint, options.get("dtype"))
     freeze_parameters(model, freeze)
     return model

@@ -52,6 +52,7 @@ def load_model(
     new_labels: Sequence[str] | None = None,  # of a head that the checkpoint lacks
     gradient_checkpointing: bool = False,
     seed: int = 0,  # of the new head's weights
+    adapter: Checkpoint | None = None,  # whose own tokenizer is taken, if it has one
 ) -> Model:
     """Load a checkpoint into its module, in eval mode; every weight is bit-identical to the file.
 
@@ -65,7 +66,7 @@ def load_model(
     if factory is not None:
         model = _from_factory(checkpoint, chosen, factory, dtype, seed, new_labels is not None)
     else:
-        model = _from_transformers(checkpoint, chosen, dtype, new_labels, seed)
+        model = _from_transformers(checkpoint, chosen, dtype, new_labels, seed, adapter)
     model.module.to(device)
     model.module.eval()
     if gradient_checkpointing:
@@ -144,6 +145,7 @@ def _from_transformers(
     dtype: torch.dtype | None,
     new_labels: Sequence[str] | None,
     seed: int,
+    adapter: Checkpoint | None,
 ) -> Model:
     weights = checkpoint.weights
     where = checkpoint.path
@@ -184,7 +186,9 @@ def _from_transformers(
         _check_values(module, layout, weights, where)
         if new_labels is not None and layout.fresh:
             notes.append(f"new head, seed {seed}: {', '.join(layout.fresh)}")
-        processor = _processor(checkpoint, objective)
+        processor = None if adapter is None else _processor(adapter, objective)
+        if processor is None:
+            processor = _processor(checkpoint, objective)
     if getattr(getattr(processor, "_tokenizer", None), "fix_mistral_regex", None) is False:
         notes.append(
             "transformers says that this tokenizer splits texts otherwise than the model was "

@@ -57,9 +57,11 @@ def check_gate(old: Collection[str], measured: Collection[str]) -> None:
 def check_compared(old: Collection[str], measured: Collection[str]) -> None:
     """Refuse a comparison without a measured old task."""
     if not set(old) & set(measured):
-        names = f"where NAME is one of {', '.join(old)}" if old else "and the ledger has no task"
+        names = f"where NAME is one of {', '.join(old)}"
+        none = "and the checkpoint has no ledger: run `consolidate fisher` on it first"
         raise UsageError(
-            f"--compare-none needs test data of an old task: give --evaluate NAME=DATA, {names}"
+            "--compare-none needs test data of an old task: give --evaluate NAME=DATA, "
+            + (names if old else none)
         )
 
 

@@ -158,7 +158,11 @@ def _training_text(cost: FinetuneDryRun) -> str:
         penalty += ", λ to be chosen" if given is None else f", λ = {given:g}"
     if penalty.startswith("ewc"):
         penalty += f", for {few(cost['old_tasks'], 4) or 'the base model'}"
-    each = cost["seconds_per_step"]
+    each, after = cost["seconds_per_step"], []
+    if (memory := cost["fisher_memory"]) is not None:
+        after = [
+            f"Fisher       then takes at least {memory / 1e9:.2f} GB; --no-fisher leaves it out"
+        ]
     return "\n".join(
         [
             f"parameters   {cost['parameters']:,} trained",
@@ -167,6 +171,7 @@ def _training_text(cost: FinetuneDryRun) -> str:
             f"steps        {cost['steps']:,}",
             f"time         {cost['seconds']:,.0f} s, {1000 * each:.3g} ms per step",
             f"memory       {_memory(cost)} in the first steps",
+            *after,
             f"output       at most {cost['output_bytes'] / 1e6:,.1f} MB",
             "Dry run of a few steps, without evaluation, search and Fishers: nothing was written.",
         ]

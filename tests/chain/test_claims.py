@@ -60,7 +60,9 @@ class Held:
     def __init__(self, *words: str) -> None:
         self.log = Path(f"log-{time.monotonic_ns()}")
         (self.pid,) = started(1, [*words, "--model", "waiting:held"], self.log)
+        end = time.monotonic() + 120
         while not Path("begun").exists():
+            assert time.monotonic() < end, self.log.read_text()
             assert os.waitpid(self.pid, os.WNOHANG) == (0, 0), self.log.read_text()
             time.sleep(0.02)
 

@@ -1,6 +1,7 @@
 """A fine-tuning that was broken off goes on to the same bytes, or is refused with what differs."""
 
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from consolidate.estimation.passes import PartialPass
 from consolidate.runtime import signals
 from formats.errors import InputError, NonFiniteError
 from support import in_process
-from support.checkpoints import Write, normed
+from support.checkpoints import Write, normed, random_network, write_clusters
 from support.faults import Killed, break_off, kill_after
 from support.folders import contents
 from support.networks import FAST, NETWORK
@@ -28,11 +29,19 @@ from support.together import ended, started
 COMMON: dict[str, Any] = {**FAST, "save_every_minutes": 0, "log_every": 1, "ewc_lambda": 10.0}
 
 
+@pytest.fixture(scope="module")
+def learned_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, the Fisher of its task and the data, which `learned` copies."""
+    folder = tmp_path_factory.mktemp("learned")
+    old = write_clusters(folder, "old")
+    consolidate.fisher(random_network(folder / "start"), old, **NETWORK)
+    return folder
+
+
 @pytest.fixture
-def learned(network_checkpoint: Path, write_task: Write) -> Path:
+def learned(learned_once: Path, tmp_path: Path) -> Path:
     """A checkpoint that holds the Fisher of its task."""
-    consolidate.fisher(network_checkpoint, write_task("old"), **NETWORK)
-    return network_checkpoint
+    return shutil.copytree(learned_once, tmp_path, dirs_exist_ok=True) / "start"
 
 
 def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -243,7 +252,6 @@ def test_a_search_keeps_its_candidates(
     with pytest.raises(Killed):
         consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     break_off(monkeypatch, 3)
-    monkeypatch.setattr(finetune_run, "descend", finetune_run.descend)
     with pytest.raises(Killed):  # in the next candidate
         consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
     resumed = consolidate.finetune(learned, new, output_dir=tmp_path / "out", **options)
@@ -426,6 +434,7 @@ def test_a_training_that_diverges_is_not_kept(
         consolidate.finetune(
             learned, write_task("new", seed=1), output_dir=tmp_path / "out", **options
         )
+    assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 
 

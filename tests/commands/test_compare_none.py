@@ -139,6 +139,13 @@ def test_wrong_use_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_without_a_ledger_the_way_on_is_named(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"no ledger: run `consolidate fisher` on it first$"):
+        compared(network_checkpoint, tmp_path / "out", write_task, penalty="l2")
+
+
 def test_a_run_that_has_begun_without_the_comparison_keeps_its_progress(
     learned: Path, write_task: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

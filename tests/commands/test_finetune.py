@@ -224,7 +224,10 @@ def test_options_that_contradict(
 
 
 def test_without_a_fisher_ewc_says_how_to_get_one(train: Train, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no Fisher: run `consolidate fisher"):
+    message = (
+        r"holds no Fisher: run `consolidate fisher .*OLD_DATA` first \(labels are not needed\)"
+    )
+    with pytest.raises(InputError, match=f"{message}.*--penalty l2, or --penalty none --interp"):
         train(ewc_lambda=1.0)
     assert not (tmp_path / "out").exists()
 
@@ -233,7 +236,10 @@ def test_without_a_fisher_ewc_says_how_to_get_one(train: Train, tmp_path: Path) 
     ("options", "message"),
     [
         ({}, "is a BertModel, which has no head for a task yet: .*--penalty none --objective NAME"),
-        ({"objective": "sequence-classification"}, "no head for sequence-classification yet: "),
+        (
+            {"objective": "sequence-classification"},
+            "no head for sequence-classification yet: train a first task with --penalty none",
+        ),
     ],
 )
 def test_a_bare_encoder_is_sent_to_a_first_task(
@@ -374,25 +380,6 @@ def test_a_module_that_returns_no_tensor_is_named(write_task: Write, tmp_path: P
         consolidate.evaluate(
             tmp_path / "pairs.safetensors", write_task("new"), model=f"{__name__}:pairs_network"
         )
-
-
-def test_a_run_that_diverges_leaves_nothing(
-    network_checkpoint: Path, write_task: Write, tmp_path: Path
-) -> None:
-    fisher(network_checkpoint, write_task("old"), **NETWORK)
-    with pytest.raises(NonFiniteError):
-        consolidate.finetune(
-            network_checkpoint,
-            write_task("new", seed=2),
-            output_dir=tmp_path / "out",
-            ewc_lambda=1e9,
-            optimizer="sgd",
-            learning_rate=1.0,
-            epochs=30,
-            **NETWORK,
-        )
-    assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".out*"))
 
 
 def test_weights_in_float64_are_trained_in_float64(
@@ -589,12 +576,10 @@ def test_a_bare_encoder_learns_a_first_task(tmp_path: Path) -> None:
     named = dict(model.state_dict())
     assert torch.equal(stored["classifier.weight"], named["classifier.weight"])
     metrics = consolidate.evaluate(tmp_path / "out", {"animals": data})
-    assert metrics["animals"]["accuracy"] in (0.0, 0.5, 1.0)
-    with pytest.raises(InputError, match="first task with --penalty none"):
-        consolidate.finetune(
-            encoder, data, output_dir=tmp_path / "held", ewc_lambda=1.0,
-            objective="sequence-classification",
-        )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = tokenizer(["the cat sat", "a dog ate"], return_tensors="pt")
+    loss = model(**texts, labels=torch.tensor([0, 1])).loss.item()
+    assert metrics["animals"]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_bare_model_takes_its_fisher_to_the_names_beside_a_head(
@@ -738,16 +723,11 @@ def test_the_last_step_is_measured_too(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "adma"}, "--optimizer adma: expected one of adamw, adam, sgd"),
         ({"lr_scheduler": "step"}, "--lr-scheduler step"),
         ({"mixed_precision": "fp8"}, "--mixed-precision fp8"),
-        ({"epochs": 0}, "--epochs 0: expected at least 1"),
         ({"adam_betas": [0.9]}, "--adam-betas 0.9: expected two numbers"),
         ({"adam_betas": [0.9, 1.0]}, "--adam-betas 1.0: expected a number from 0 to below 1"),
         ({"adam_betas": [0.9, 0.9], "optimizer": "sgd"}, "--adam-betas cannot be combined with"),
-        ({"ewc_lambda": -1.0}, "--ewc-lambda -1.0: expected a finite number from 0"),
-        ({"learning_rate": 0.0}, "--learning-rate 0.0: expected a finite number above 0"),
-        ({"weight_decay": float("nan")}, "--weight-decay nan: expected a finite number from 0"),
         ({"freeze": ["*"]}, "--freeze leaves no parameter to train"),
     ],
 )

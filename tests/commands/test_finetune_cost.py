@@ -52,16 +52,17 @@ def test_it_tells_what_the_training_does_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"ewc_lambda": [1.0, 2.0]}, (None, 83)),
-        ({"lora_rank": 1, "lora_targets": ["0"]}, (2.0, 14)),
-        ({"penalty": "none", "ewc_lambda": None, "freeze": ["2.*"]}, (None, 56)),
+        ({"ewc_lambda": [1.0, 2.0]}, (None, 83, 12 * 83)),
+        ({"lora_rank": 1, "lora_targets": ["0"]}, (2.0, 14, 12 * (83 + 14))),
+        ({"penalty": "none", "ewc_lambda": None, "freeze": ["2.*"]}, (None, 56, 4 * 83 + 8 * 56)),
+        ({"no_fisher": True}, (2.0, 83, None)),
     ],
 )
-def test_what_is_trained_and_how_it_is_held(
-    learned: Path, write_task: Write, options: dict[str, Any], told: tuple[float | None, int]
+def test_what_is_trained_and_measured_and_how_it_is_held(
+    learned: Path, write_task: Write, options: dict[str, Any], told: tuple[Any, ...]
 ) -> None:
     found = dry(learned, write_task("new", seed=1), **options)
-    assert (found["ewc_lambda"], found["parameters"]) == told
+    assert (found["ewc_lambda"], found["parameters"], found["fisher_memory"]) == told
 
 
 def test_examples_that_choose_alpha_are_not_trained_on(learned: Path, write_task: Write) -> None:
@@ -146,5 +147,6 @@ def test_the_command_line_prints_it(
     code, out, _ = run(capsys, *words)
     assert code == 0
     assert "examples     60 of 'new'\npenalty      ewc, λ to be chosen, for old\n" in out
+    assert " in the first steps\nFisher       then takes at least 0.00 GB; --no-fisher " in out
     assert "nothing was written" in out
     assert not (tmp_path / "out").exists()

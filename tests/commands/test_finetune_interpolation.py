@@ -500,7 +500,9 @@ def test_alpha_is_from_0_to_1(learned: Path, tmp_path: Path, alpha: float) -> No
         finetune(learned, "b", output_dir=tmp_path / "out", interpolate=alpha, **COMMON)
 
 
-def test_wrong_use_is_refused(learned: Path, write_task: Write, tmp_path: Path) -> None:
+def test_wrong_use_is_refused(
+    learned: Path, network_checkpoint: Path, write_task: Write, tmp_path: Path
+) -> None:
     b, held = write_task("b", seed=1), write_task("held")
     common: dict[str, Any] = {"output_dir": tmp_path / "out", **COMMON}
     with pytest.raises(UsageError, match="expected a number, or one of auto"):
@@ -511,6 +513,9 @@ def test_wrong_use_is_refused(learned: Path, write_task: Write, tmp_path: Path) 
         finetune(learned, b, interpolate="auto", validation={"b": b}, **common)
     with pytest.raises(UsageError, match=r"expected the new task, b, or a task of the ledger: a$"):
         finetune(learned, b, interpolate="auto", validation={"c": held}, **common)
+    free = common | {"penalty": "none", "ewc_lambda": None}
+    with pytest.raises(UsageError, match=r"there is none; run `consolidate fisher` on it first$"):
+        finetune(network_checkpoint, b, interpolate="auto", validation={"a": held}, **free)
     with pytest.raises(UsageError, match="--interpolation fisher needs --interpolate"):
         finetune(learned, b, interpolation="fisher", **common)
     with pytest.raises(UsageError, match="--interpolate cannot be combined with --shard"):

@@ -1,5 +1,6 @@
 """What the Fisher predicts that old tasks lose, beside what they lost."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from consolidate.views.metrics import finetune_metrics
 from consolidate.views.text import finetune_text
 from formats.fisher_folder import read_fisher
 from formats.fisher_json import Ledger, TaskRecord
-from support.checkpoints import Write
+from support.checkpoints import Write, first_task, write_clusters
 from support.networks import FAST
 
 COMMON: dict[str, Any] = {**FAST, "epochs": 3}
@@ -65,12 +66,18 @@ def quadratic(fisher_of: Path, at: Path, *, matrices: bool) -> float:
     return total / 2
 
 
+@pytest.fixture(scope="module")
+def learned_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with that checkpoint and its data, which `learned` copies."""
+    folder = tmp_path_factory.mktemp("learned")
+    first_task(folder, write_clusters(folder, "a"), structure="inputs", **COMMON)
+    return folder
+
+
 @pytest.fixture
-def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
+def learned(learned_once: Path, tmp_path: Path) -> Path:
     """A checkpoint that knows task a, with matrices beside the diagonal."""
-    options = {**COMMON, "penalty": "none", "structure": "inputs"}
-    finetune(network_checkpoint, write_task("a"), output_dir=tmp_path / "first", **options)
-    return tmp_path / "first"
+    return shutil.copytree(learned_once, tmp_path, dirs_exist_ok=True) / "first"
 
 
 @pytest.mark.parametrize("way", WAYS)

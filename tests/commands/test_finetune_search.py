@@ -204,8 +204,8 @@ def test_l2_is_searched_too(network_checkpoint: Path, write_task: Write, tmp_pat
     free, stiff = found["lambda_search"]["trials"]
     assert free["penalty_per_lambda"] > stiff["penalty_per_lambda"]
     moved = load_file(tmp_path / "out" / "model.safetensors")
-    if found["ewc_lambda"] == 1000.0:
-        assert all(torch.allclose(start[name], moved[name], atol=0.1) for name in start)
+    assert found["ewc_lambda"] == 1000.0
+    assert all(torch.allclose(start[name], moved[name], rtol=0, atol=0.02) for name in start)
 
 
 def test_the_command_prints_the_curve_and_draws_it(
@@ -235,20 +235,6 @@ def test_the_command_prints_the_curve_and_draws_it(
     code, out, _ = run(capsys, *words, "--seed", 1)
     assert code == 0
     assert "KL(old‖new)" in out
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"), [("many", "'many'"), ("1,,2", "'1,,2'"), ("-1", "-1.0"), ("1,inf", "inf")]
-)
-def test_a_lambda_that_is_none_is_refused(
-    capsys: pytest.CaptureFixture[str], network_checkpoint: Path, value: str, shown: str
-) -> None:
-    code, _, err = run(
-        capsys, "finetune", network_checkpoint, "--data", "x.npz", "--output-dir", "out",
-        f"--ewc-lambda={value}",
-    )  # fmt: skip
-    assert code == 2
-    assert shown in err
 
 
 def test_a_table_in_a_file_of_options(

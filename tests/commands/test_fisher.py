@@ -17,7 +17,7 @@ import consolidate
 import formats.checkpoint
 from consolidate.api import evaluate, finetune
 from consolidate.chain.resume import KeptWork
-from consolidate.commands import measurement_report
+from consolidate.commands import measurement_report, pass_cost
 from consolidate.commands.measurement import measure_fisher
 from consolidate.estimation import passes
 from consolidate.estimation.estimates import FisherDiagonal
@@ -133,6 +133,9 @@ def test_rows_without_labels_are_enough_where_none_are_used(
         for name in found[0]:
             torch.testing.assert_close(other[name], found[0][name], rtol=1e-6, atol=0)
     assert "bare.npz has no labels: none are needed" in caplog.messages
+    (tmp_path / "bare.jsonl").write_text(json.dumps(rows[0] | {"label": "other"}) + "\n")
+    with pytest.raises(InputError, match=r"'other'; .*or leave the column out: no labels are "):
+        consolidate.fisher(network_checkpoint, tmp_path / "bare.jsonl", **NETWORK)
     with pytest.raises(InputError, match="expected a column 'label' or 'labels'"):
         consolidate.fisher(network_checkpoint, bare, **NETWORK, estimator="empirical")
     with pytest.raises(InputError, match="expected a column 'kind'"):
@@ -680,15 +683,20 @@ def test_sums_in_float64(network_checkpoint: Path, write_task: Write) -> None:
         torch.testing.assert_close(fisher_of(network_checkpoint)[name], values, rtol=1e-5, atol=0)
 
 
-def test_a_dry_run_writes_nothing(network_checkpoint: Path, write_task: Write) -> None:
+def test_a_dry_run_writes_nothing(
+    network_checkpoint: Path, write_task: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(network_checkpoint)
+    clock = iter([0.0, 10.0, 11.0, 12.0, 13.0])  # the first batch takes longer
+    monkeypatch.setattr(pass_cost, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     cost = consolidate.fisher(
         network_checkpoint, write_task("old", count=300), **NETWORK, dry_run=True
     )
     assert contents(network_checkpoint) == before
     assert cost["status"] == "dry run"
     assert (cost["examples"], cost["parameters"], cost["estimator"]) == (300, 83, "exact")
-    assert 0 < cost["seconds_per_example"] * 300 < 10 * cost["seconds"] < 100
+    assert cost["seconds_per_example"] == 1 / 16
+    assert cost["seconds"] == 10 + (300 - 16) / 16
     assert 50e6 < cost["peak_memory"] < 20e9
     assert cost["files"] == {"fisher.safetensors": 4 * 83}
     assert cost["kept"] == {".fisher.consolidate-partial": 2 * 4 * 83}

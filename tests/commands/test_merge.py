@@ -19,7 +19,7 @@ from formats.fisher_folder import read_fisher, write_fisher
 from formats.fisher_json import Block, read_ledger
 from formats.tensors import TensorFiles
 from support import factor_checkpoints
-from support.checkpoints import Write
+from support.checkpoints import Write, random_network, write_clusters
 from support.folders import contents
 from support.networks import make_network
 
@@ -56,29 +56,42 @@ def thetas(folder: Path) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-@pytest.fixture
-def family(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> dict[str, Path]:
-    """A base that learned the task `old`, and two children that learned a task each."""
-    folders = {"base": tmp_path / "base", "a": tmp_path / "a", "b": tmp_path / "b"}
-    old = write_task("old")
-    finetune(network_checkpoint, old, output_dir=folders["base"], penalty="none", **FAST)
+@pytest.fixture(scope="module")
+def family_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the family and its data, which `family` copies."""
+    folder = tmp_path_factory.mktemp("family")
+    base, old = folder / "base", write_clusters(folder, "old")
+    finetune(random_network(folder / "start"), old, output_dir=base, penalty="none", **FAST)
     for seed, name in enumerate("ab", start=1):
-        data = write_task(f"task-{name}", seed=seed)
-        finetune(folders["base"], data, output_dir=folders[name], ewc_lambda=10.0, **FAST)
-    return folders
+        data = write_clusters(folder, f"task-{name}", seed=seed)
+        finetune(base, data, output_dir=folder / name, ewc_lambda=10.0, **FAST)
+    return folder
 
 
 @pytest.fixture
-def strangers(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> list[Path]:
-    """Three checkpoints of one architecture, without a common task."""
-    folders = []
+def family(family_once: Path, tmp_path: Path) -> dict[str, Path]:
+    """A base that learned the task `old`, and two children that learned a task each."""
+    shutil.copytree(family_once, tmp_path, dirs_exist_ok=True)
+    return {name: tmp_path / name for name in ("base", "a", "b")}
+
+
+@pytest.fixture(scope="module")
+def strangers_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the strangers and their data, which `strangers` copies."""
+    folder = tmp_path_factory.mktemp("strangers")
+    start = random_network(folder / "start")
     for seed in range(3):
-        folders.append(tmp_path / f"stranger-{seed}")
-        data = write_task(f"task-{seed}", seed=seed)
-        finetune(
-            network_checkpoint, data, output_dir=folders[-1], penalty="none", seed=seed, **FAST
-        )
-    return folders
+        data = write_clusters(folder, f"task-{seed}", seed=seed)
+        out = folder / f"stranger-{seed}"
+        finetune(start, data, output_dir=out, penalty="none", seed=seed, **FAST)
+    return folder
+
+
+@pytest.fixture
+def strangers(strangers_once: Path, tmp_path: Path) -> list[Path]:
+    """Three checkpoints of one architecture, without a common task."""
+    shutil.copytree(strangers_once, tmp_path, dirs_exist_ok=True)
+    return [tmp_path / f"stranger-{seed}" for seed in range(3)]
 
 
 def test_two_models_become_one_by_the_formulas(strangers: list[Path], tmp_path: Path) -> None:

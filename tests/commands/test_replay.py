@@ -326,6 +326,33 @@ def test_texts_beside_prompts_and_completions(tmp_path: Path, role: str) -> None
     assert found["steps"] == 1
 
 
+def test_names_of_columns_are_for_the_data_that_have_them(tmp_path: Path) -> None:
+    start = tiny_models.save(
+        tmp_path / "start",
+        transformers.GPT2LMHeadModel,
+        tiny_models.gpt2_config(),
+        tiny_models.byte_tokenizer(pad_token="<|endoftext|>"),
+    )
+    new, old = tmp_path / "new.jsonl", tmp_path / "old.jsonl"
+    new.write_text(json.dumps({"question": "One?", "answer": "Two."}))
+    old.write_text(json.dumps({"text": "Three."}))
+    columns = Columns(prompt="question", completion="answer")
+    options: Any = {"penalty": "none", "no_fisher": True, "max_steps": 1, "evaluate": {"old": old}}
+    found = consolidate.finetune(
+        start, new, output_dir=tmp_path / "out", columns=columns, **options
+    )
+    assert found["metrics"]["after"]["old"]["perplexity"] > 0
+    both = {"new": new, "old": old}
+    assert set(consolidate.evaluate(start, both, columns=columns)) == set(both)
+    wrong = Columns(prompt="question", completion="answer", text="body")
+    with pytest.raises(InputError, match=r"old\.jsonl: expected a column 'body'"):
+        consolidate.evaluate(start, both, columns=wrong)
+    with pytest.raises(InputError, match=r"old\.jsonl: expected a column 'body'"):
+        consolidate.finetune(start, new, output_dir=tmp_path / "b", columns=wrong, **options)
+    with pytest.raises(InputError, match=r"old\.jsonl: expected a column 'question'"):
+        consolidate.evaluate(start, {"old": old}, columns=columns)
+
+
 def other_columns(path: Path) -> Path:
     np.savez(path, features=np.zeros((3, 6), "float32"), labels=np.zeros(3, "int64"))
     return path

@@ -23,7 +23,7 @@ from formats.errors import ForgettingError, InputError, UsageError
 from formats.fisher_folder import read_fisher
 from formats.step_record import StepRecord
 from support import tiny_models
-from support.checkpoints import Write
+from support.checkpoints import Write, write_clusters
 from support.command_line import finished, launched
 from support.command_line import run as run_cli
 from support.faults import Killed, break_off
@@ -50,17 +50,36 @@ evaluate = "{name}-test.npz"
 """
 
 
-@pytest.fixture
-def tasks(tmp_path: Path, write_task: Write) -> Path:
-    """A run file of three tasks for `make_network`, made afresh."""
-    path = tmp_path / "tasks.toml"
+def write_run_file(folder: Path) -> Path:
+    """A run file of three tasks for `make_network`, and their data."""
     text = TASKS
     for seed, name in enumerate("abc"):
-        write_task(name, seed=seed)
-        write_task(f"{name}-test", seed=seed, count=20)
+        write_clusters(folder, name, seed=seed)
+        write_clusters(folder, f"{name}-test", seed=seed, count=20)
         text += TASK.format(name=name)
+    path = folder / "tasks.toml"
     path.write_text(text)
     return path
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A run file of three tasks for `make_network`, made afresh."""
+    return write_run_file(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def done_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run file and what its run has written, which `done` copies."""
+    folder = tmp_path_factory.mktemp("done")
+    consolidate.run(write_run_file(folder))
+    return folder
+
+
+@pytest.fixture
+def done(done_once: Path, tmp_path: Path) -> Path:
+    """The file of a run that is done."""
+    return shutil.copytree(done_once, tmp_path, dirs_exist_ok=True) / "tasks.toml"
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -105,13 +124,12 @@ def test_three_tasks_from_nothing(tasks: Path, tmp_path: Path) -> None:
     )
 
 
-def test_the_second_run_does_nothing_and_times_mean_nothing(tasks: Path, tmp_path: Path) -> None:
-    consolidate.run(tasks)
+def test_the_second_run_does_nothing_and_times_mean_nothing(done: Path, tmp_path: Path) -> None:
     before = contents(tmp_path / "out")
     written = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*.safetensors")}
-    for file in [tasks, *tmp_path.glob("*.npz")]:
+    for file in [done, *tmp_path.glob("*.npz")]:
         os.utime(file, (1, 1))
-    result = consolidate.run(tasks)
+    result = consolidate.run(done)
     assert set(statuses(result).values()) == {"skipped"}
     assert result["accuracy_matrix"]["tasks"] == ["a", "b", "c"]
     assert contents(tmp_path / "out") == before
@@ -140,26 +158,25 @@ def test_the_folder_of_a_script_stays_first(tasks: Path, monkeypatch: pytest.Mon
     assert sys.path == before
 
 
-def test_a_changed_lambda_does_again_what_comes_after_it(tasks: Path, tmp_path: Path) -> None:
-    consolidate.run(tasks)
-    edit(tasks, '"b-test.npz"\n', '"b-test.npz"\newc-lambda = 30\n')
+def test_a_changed_lambda_does_again_what_comes_after_it(done: Path, tmp_path: Path) -> None:
+    edit(done, '"b-test.npz"\n', '"b-test.npz"\newc-lambda = 30\n')
     before = contents(tmp_path / "out")
-    dry = consolidate.run(tasks, dry_run=True)
+    dry = consolidate.run(done, dry_run=True)
     assert contents(tmp_path / "out") == before
     assert (dry["status"], dry["accuracy_matrix"]) == ("dry run", None)
     assert reasons(dry) == {
         "02-b": "changed: ewc-lambda 10 → 30",
         "03-c": "changed: checkpoint it starts from",
     }
-    done = consolidate.run(tasks)
-    assert reasons(done) == reasons(dry)
-    assert statuses(done) == {
+    made = consolidate.run(done)
+    assert reasons(made) == reasons(dry)
+    assert statuses(made) == {
         "00-start": "skipped",
         "01-a": "skipped",
         "02-b": "done",
         "03-c": "done",
     }
-    consolidate.run(tasks, output_dir=tmp_path / "fresh")
+    consolidate.run(done, output_dir=tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     assert contents(tmp_path / "out") != before
 
@@ -244,60 +261,57 @@ CHANGES: dict[str, tuple[Callable[[Path, Write], object], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_what_a_change_concerns(tasks: Path, tmp_path: Path, write_task: Write, case: str) -> None:
-    consolidate.run(tasks)
+def test_what_a_change_concerns(done: Path, tmp_path: Path, write_task: Write, case: str) -> None:
     change, expected = CHANGES[case]
     change(tmp_path, write_task)
-    assert reasons(consolidate.run(tasks, dry_run=True)) == expected
-    assert reasons(consolidate.run(tasks)) == expected
-    assert reasons(consolidate.run(tasks)) == {}
+    assert reasons(consolidate.run(done, dry_run=True)) == expected
+    assert reasons(consolidate.run(done)) == expected
+    assert reasons(consolidate.run(done)) == {}
 
 
-def test_files_that_were_added_to_a_step_are_not_lost(tasks: Path, tmp_path: Path) -> None:
-    consolidate.run(tasks)
+def test_files_that_were_added_to_a_step_are_not_lost(done: Path, tmp_path: Path) -> None:
     added = tmp_path / "out" / "02-b" / "eval.json"
     added.write_text("{}")
     for _ in range(2):
         with pytest.raises(InputError, match="02-b has files that were added or changed"):
-            consolidate.run(tasks)
+            consolidate.run(done)
         assert added.read_text() == "{}"
-        edit(tasks, "epochs = 3", "epochs = 2")  # the step is to be made again anyway
+        edit(done, "epochs = 3", "epochs = 2")  # the step is to be made again anyway
         with pytest.raises(InputError, match="02-b has files that were added or changed"):
-            consolidate.run(tasks)
-        edit(tasks, "epochs = 2", "epochs = 3")
+            consolidate.run(done)
+        edit(done, "epochs = 2", "epochs = 3")
     weights = added.with_name("model.safetensors")
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])  # damaged besides
     with pytest.raises(InputError, match="02-b has files that were added or changed"):
-        consolidate.run(tasks)
+        consolidate.run(done)
     weights.write_bytes(whole)
     added.unlink()
-    consolidate.run(tasks)
+    consolidate.run(done)
     card = added.with_name("README.md")
     written = card.read_text()
     card.write_text(written + "Mine.\n")
-    assert reasons(consolidate.run(tasks)) == {}
-    edit(tasks, "epochs = 3", "epochs = 2")
+    assert reasons(consolidate.run(done)) == {}
+    edit(done, "epochs = 3", "epochs = 2")
     with pytest.raises(InputError, match="02-b has files that were added or changed"):
-        consolidate.run(tasks)
+        consolidate.run(done)
     assert card.read_text() == written + "Mine.\n"
-    edit(tasks, "epochs = 2", "epochs = 3")
-    assert reasons(consolidate.run(tasks)).keys() == {"01-a"}
+    edit(done, "epochs = 2", "epochs = 3")
+    assert reasons(consolidate.run(done)).keys() == {"01-a"}
 
 
 def test_files_that_were_added_to_a_step_are_not_lost_after_a_stop_either(
-    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    consolidate.run(tasks)
-    edit(tasks, "epochs = 3", "epochs = 2")
+    edit(done, "epochs = 3", "epochs = 2")
     break_off(monkeypatch, 5)
     with pytest.raises(Killed):
-        consolidate.run(tasks)
+        consolidate.run(done)
     added = tmp_path / "out" / "01-a" / "eval.json"
     added.write_text("{}")
     for _ in range(2):
         with pytest.raises(InputError, match="01-a has files that were added or changed"):
-            consolidate.run(tasks)
+            consolidate.run(done)
     added.unlink()
 
     # Of a checkpoint that is in place and not recorded yet, the card is new.
@@ -311,9 +325,9 @@ def test_files_that_were_added_to_a_step_are_not_lost_after_a_stop_either(
     with monkeypatch.context() as patch:
         patch.setattr(consolidate.commands.run, "write_step_record", killed)
         with pytest.raises(Killed):
-            consolidate.run(tasks)
-    assert reasons(consolidate.run(tasks))["01-a"] == "not finished"
-    consolidate.run(tasks, output_dir=tmp_path / "whole")
+            consolidate.run(done)
+    assert reasons(consolidate.run(done))["01-a"] == "not finished"
+    consolidate.run(done, output_dir=tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -358,16 +372,15 @@ def test_a_limit_on_forgetting_is_one_without_a_penalty_too(
         consolidate.run(tmp_path / "tasks.toml")
 
 
-def test_a_flipped_bit_is_found_and_made_good(tasks: Path, tmp_path: Path) -> None:
-    consolidate.run(tasks)
+def test_a_flipped_bit_is_found_and_made_good(done: Path, tmp_path: Path) -> None:
     before = contents(tmp_path / "out")
     flip(tmp_path / "out" / "02-b" / "model.safetensors")
-    result = consolidate.run(tasks)
+    result = consolidate.run(done)
     assert list(reasons(result)) == ["02-b"]  # what follows starts from the same content again
     assert "its checkpoint is damaged" in reasons(result)["02-b"]
     assert contents(tmp_path / "out") == before
     os.truncate(tmp_path / "out" / "02-b" / "model.safetensors", 100)
-    assert "its checkpoint is damaged" in reasons(consolidate.run(tasks))["02-b"]
+    assert "its checkpoint is damaged" in reasons(consolidate.run(done))["02-b"]
     assert contents(tmp_path / "out") == before
 
 
@@ -673,11 +686,10 @@ def test_a_folder_that_no_run_has_made_is_kept(tasks: Path, tmp_path: Path) -> N
 
 
 def test_a_dry_run_lists_a_finished_step_once(
-    tasks: Path, capsys: pytest.CaptureFixture[str]
+    done: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    consolidate.run(tasks)
     capsys.readouterr()
-    code, text, err = run_cli(capsys, "run", tasks, "--dry-run")
+    code, text, err = run_cli(capsys, "run", done, "--dry-run")
     assert (code, err) == (0, "")
     assert text.count("01-a  skipped\n") == 1
 
@@ -735,12 +747,11 @@ def test_a_second_run_of_the_same_chain_is_refused(tasks: Path, tmp_path: Path) 
 
 
 def test_a_step_that_was_made_and_not_recorded_is_not_made_again(
-    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the process was killed between putting a checkpoint in place and its record."""
-    consolidate.run(tasks)
     before = contents(tmp_path / "out")
     unfinish(tmp_path / RECORD)
     monkeypatch.delattr(finetune_run, "training_steps")
-    assert reasons(consolidate.run(tasks)) == {"03-c": "not finished"}
+    assert reasons(consolidate.run(done)) == {"03-c": "not finished"}
     assert contents(tmp_path / "out") == before

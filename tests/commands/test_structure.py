@@ -14,7 +14,7 @@ from consolidate.api import finetune, fisher
 from consolidate.api import run as run_chain
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import read_fisher
-from support.checkpoints import Write
+from support.checkpoints import Write, first_task, write_clusters
 from support.command_line import MODEL, run
 from support.factor_checkpoints import rewrite
 from support.faults import break_off, kill_after, killed_and_resumed
@@ -26,13 +26,11 @@ INPUTS: dict[str, Any] = {**NETWORK, "structure": "inputs"}
 COMMON: dict[str, Any] = {**FAST, "epochs": 2, "ewc_lambda": 10.0}
 
 
-@pytest.fixture
-def learned(network_checkpoint: Path, write_task: Write, tmp_path: Path) -> Path:
-    """A checkpoint that knows task a, with factors."""
-    out = tmp_path / "first"
-    options = {**FAST, "penalty": "none", "structure": "inputs"}
-    finetune(network_checkpoint, write_task("a"), output_dir=out, **options)
-    return out
+@pytest.fixture(scope="module")
+def learned_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that knows task a, with factors, which `learned` copies."""
+    folder = tmp_path_factory.mktemp("learned")
+    return first_task(folder, write_clusters(folder, "a"), structure="inputs", **FAST)
 
 
 @pytest.fixture

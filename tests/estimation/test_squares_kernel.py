@@ -1,7 +1,6 @@
 import shutil
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -22,10 +21,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def own_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile to a folder of the test, and forget what is loaded."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.fixture(scope="module", autouse=True)
+def own_libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile to a folder of this file, and forget what is loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("libraries")))
+        squares_kernel._compiled.cache_clear()
+        yield
+
+
+@pytest.fixture
+def loaded_anew() -> Iterator[None]:
+    """Load the kernel again in the test, and after it."""
+    squares_kernel._compiled.cache_clear()
+    yield
     squares_kernel._compiled.cache_clear()
 
 
@@ -208,6 +217,7 @@ def assert_plain(found: FisherDiagonal, model: nn.Module, batches: list) -> None
         assert torch.equal(found[name], value)
 
 
+@pytest.mark.usefixtures("loaded_anew")
 def test_a_missing_compiler_leaves_a_line_and_the_plain_path(monkeypatch):
     model, batches = MODELS["plain"]()
     notes: list[str] = []
@@ -230,6 +240,7 @@ def test_a_missing_compiler_leaves_a_line_and_the_plain_path(monkeypatch):
         ("copy_tile(at, to_next_row, edge", "copy_tile(edge, to_next_row, edge"),  # edges
     ],
 )
+@pytest.mark.usefixtures("loaded_anew")
 def test_a_wrong_kernel_leaves_a_line_and_the_plain_path(monkeypatch, right, wrong):
     change(monkeypatch, right, wrong)
     model, batches = MODELS["plain"]()
@@ -240,6 +251,7 @@ def test_a_wrong_kernel_leaves_a_line_and_the_plain_path(monkeypatch, right, wro
     assert_plain(found, model, batches)
 
 
+@pytest.mark.usefixtures("loaded_anew")
 def test_the_first_batch_guards_it_too(monkeypatch):
     change(monkeypatch, "AT(row) += c[r][0] * c[r][0];", "AT(row) += c[r][0];")
     monkeypatch.setattr(squares_kernel, "_verify", lambda device: None)
@@ -251,6 +263,7 @@ def test_the_first_batch_guards_it_too(monkeypatch):
     assert_close(found, measured(model, batches), 1e-4)
 
 
+@pytest.mark.usefixtures("loaded_anew")
 def test_memory_that_runs_out_splits_the_batch(monkeypatch):
     change(monkeypatch, "if (!packed_a)", "if (free(0), examples > 2)")
     monkeypatch.setattr(squares_kernel, "_verify", lambda device: None)

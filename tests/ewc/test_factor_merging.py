@@ -149,7 +149,7 @@ TASKS = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(tasks=TASKS, seed=st.integers(0, 2**31))
 def test_separate_is_the_sum_of_the_penalties_for_every_theta(tasks: list[Task], seed: int) -> None:
     chain = chained(tasks)
@@ -160,14 +160,14 @@ def test_separate_is_the_sum_of_the_penalties_for_every_theta(tasks: list[Task],
         assert torch.equal(matrix, matrix.T)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tasks=TASKS)
 def test_separate_does_not_depend_on_the_order_where_there_is_a_penalty(tasks: list[Task]) -> None:
     for order in list(permutations(tasks))[:6]:
         assert_same_penalty(chained(order), chained(tasks))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tasks=TASKS)
 def test_separate_stays_at_the_newest_weights_where_there_is_no_penalty(tasks: list[Task]) -> None:
     chain = chained(tasks)
@@ -178,7 +178,7 @@ def test_separate_stays_at_the_newest_weights_where_there_is_no_penalty(tasks: l
         torch.testing.assert_close(found, newest, **CLOSE)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tasks=TASKS, seed=st.integers(0, 2**31))
 def test_models_have_the_weighted_sum_of_their_penalties(tasks: list[Task], seed: int) -> None:
     chains = [chained([task, random_task(3, seed + i)]) for i, task in enumerate(tasks)]
@@ -193,7 +193,7 @@ def test_models_have_the_weighted_sum_of_their_penalties(tasks: list[Task], seed
         torch.testing.assert_close(joined(name, merged.weights) @ matrix, pull, **CLOSE)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tasks=st.lists(st.builds(random_task, st.integers(0, 6), st.integers(0, 2**31)), min_size=3,
                       max_size=3))  # fmt: skip
 def test_models_merge_in_any_order_and_grouping(tasks: list[Task]) -> None:

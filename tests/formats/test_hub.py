@@ -41,6 +41,20 @@ def test_a_path_that_begins_with_a_folder_here_is_a_missing_path(
         locate("runs/x_1")
 
 
+def test_without_an_output_folder_no_weights_are_fetched(
+    network_checkpoint: Path, write_task: Write, tmp_path: Path, hub: Hub
+) -> None:
+    hub.put("user/name", network_checkpoint)
+    words = ("user/name", "--data", write_task("old"), "--model", MAKE)
+    code, _, err = run(tmp_path, "fisher", *words, HF_ENDPOINT=hub.address)
+    assert (code, "with --output-dir" in err) == (2, True), err
+    assert not any("safetensors" in path for path in hub.sent)
+    options = ("--ewc-lambda", 1, "--output-dir", "out")
+    code, _, err = run(tmp_path, "finetune", *words, *options, HF_ENDPOINT=hub.address)
+    assert code == 3
+    assert "run `consolidate fisher user/name --data OLD_DATA --output-dir DIR` first" in err
+
+
 def test_a_folder_named_like_an_owner_does_not_hide_a_revision(
     wide: Path, tmp_path: Path, hub: Hub
 ) -> None:

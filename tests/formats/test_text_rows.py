@@ -284,9 +284,7 @@ def test_csv_keeps_offsets_only(tmp_path):
 FIELD = st.text(st.sampled_from('ab,"\n\r\t ;é\u2028\x0b'), max_size=6)
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6), st.sampled_from(["\n", "\r\n"]))
 def test_csv_agrees_with_reading_it_whole(tmp_path, records, line_end):
     text = io.StringIO(newline="")

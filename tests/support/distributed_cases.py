@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -24,6 +25,7 @@ from consolidate.training.loop import (
     make_scheduler,
     training_steps,
 )
+from formats.errors import UsageError
 
 Cases = dict[str, Callable[..., Any]]
 
@@ -107,6 +109,8 @@ def measured(
     model = make()
     if cut and group is not None:
         shard(model, group, torch.device("cpu"))
+        with pytest.raises(UsageError, match="a sharded model needs group"):
+            fisher_diagonal(model, [], likelihood)
     return fisher_diagonal(
         model,
         [(inputs[chunk], labels[chunk]) for chunk in chunks],

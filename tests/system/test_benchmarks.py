@@ -115,7 +115,7 @@ def test_what_was_measured_is_kept_as_json(monkeypatch: pytest.MonkeyPatch) -> N
 LAUNCHER = """
 import os, subprocess, sys
 worker = "import sys, time; held = b'x' * int(1e7); time.sleep(1); print('step 1', file=sys.stderr)"
-worker += "; more = b'x' * int(RANK) * int(4e7); time.sleep(1)"
+worker += "; time.sleep(0.5); more = b'x' * int(RANK) * int(4e7); time.sleep(1)"
 started = [
     subprocess.Popen(
         [sys.executable, "-c", worker.replace("RANK", str(rank))],

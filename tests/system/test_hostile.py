@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from consolidate.api import fisher
 from formats.fisher_json import ledger_bytes, read_ledger
+from support.checkpoints import random_network, write_clusters
 from support.command_line import run
 from support.folders import contents
 
@@ -32,17 +33,23 @@ ALL = ("show", *READ_WEIGHTS)
 EVIL = "w\x1b[2J\x1b]0;title\x07\r\u202e\x9b"
 
 
-@pytest.fixture
-def checkpoint(network_checkpoint: Path, write_task: Callable[..., Path]) -> Path:
-    other = Path(shutil.copytree(network_checkpoint, network_checkpoint.with_name("other")))
-    for folder, task in ((network_checkpoint, "old"), (other, "other")):
+@pytest.fixture(scope="module")
+def checkpoints_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two checkpoints and their data, which `checkpoint` copies."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, task in (("start", "old"), ("other", "other")):
         fisher(
-            folder,
-            write_task(task),
+            random_network(folder / name),
+            write_clusters(folder, task),
             objective="classification",
             model="support.networks:make_network",
         )
-    return network_checkpoint
+    return folder
+
+
+@pytest.fixture
+def checkpoint(checkpoints_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoints_once, tmp_path, dirs_exist_ok=True)) / "start"
 
 
 @contextmanager
@@ -272,7 +279,7 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
     "a linked ledger": (lambda f: link(f, "fisher/fisher.json"), READ_FISHER, "is a link to"),
     "a linked Fisher": (lambda f: link(f, "fisher/fisher.safetensors"), READ_FISHER, "is a link"),
     "a linked licence": (lambda f: link(f, "LICENSE"), ("finetune", "merge"), "is a link to"),
-    "a link that goes round": (link_that_goes_round, READ_WEIGHTS, ""),
+    "a link that goes round": (link_that_goes_round, READ_WEIGHTS, "leads to itself"),
     "a pipe for weights": (lambda f: pipe(f, "model.safetensors"), READ_WEIGHTS, "not a file"),
     "a pipe for a config": (lambda f: pipe(f, "config.json"), READ_WEIGHTS, "not a regular file"),
     "a pipe for a ledger": (
@@ -284,7 +291,7 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
     "a header of many tensors": (header_of_many_tensors, READ_WEIGHTS, "header too large"),
     "a header of 2^63": (claimed_header, READ_WEIGHTS, "header too large"),
     "a shape of 2^60": (lambda f: claimed_shape(f, "model.safetensors"), READ_WEIGHTS, "truncated"),
-    "a shape of 2^124 times 0": (claimed_nothing, READ_WEIGHTS, ""),
+    "a shape of 2^124 times 0": (claimed_nothing, READ_WEIGHTS, "overflow"),
     "a Fisher's shape of 2^60": (
         lambda f: claimed_shape(f, "fisher/fisher.safetensors"),
         READ_FISHER,

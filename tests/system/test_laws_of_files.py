@@ -13,7 +13,7 @@ from formats.fisher_folder import read_fisher, write_fisher
 from formats.fisher_json import Ledger, TaskRecord
 from formats.tensors import open_tensors, write_tensors
 
-LAWS = settings(max_examples=30, deadline=None, derandomize=True)
+LAWS = settings(max_examples=30)
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),

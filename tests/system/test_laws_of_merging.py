@@ -18,7 +18,7 @@ from consolidate.ewc.fisher_merging import (
 from consolidate.ewc.low_rank_penalty import LowRank, MergedPenalty
 from consolidate.ewc.penalty import Penalty
 
-LAWS = settings(max_examples=30, deadline=None, derandomize=True)
+LAWS = settings(max_examples=30)
 SIZE = 5
 # Of many sizes, and 0, where a merge divides by what it sums.
 STRENGTHS = st.sampled_from([0.0, 1e-8, 1e-3, 0.5, 1.0, 3.0, 1e4])

@@ -123,20 +123,12 @@ def test_what_is_typed_becomes_what_the_functions_take(
     assert found[option.removeprefix("--").replace("-", "_")] == value
 
 
-@pytest.mark.parametrize(
-    ("command", "option", "text"),
-    [
-        ("finetune", "--ewc-lambda", "much"),
-        ("fisher", "--task-weight", "heavy"),
-        ("merge", "--weights", "1;2"),
-    ],
-)
-def test_what_cannot_be_read_is_refused_by_the_name_of_the_option(
-    command: str, option: str, text: str
-) -> None:
+@pytest.mark.parametrize("text", ["much", "1,,2"])
+def test_what_cannot_be_read_is_refused_by_the_name_of_the_option(text: str) -> None:
     with pytest.raises(click.BadParameter) as caught:
-        parsed(command, [*REQUIRED[command], option, text])
-    assert option in caught.value.format_message()
+        parsed("finetune", [*REQUIRED["finetune"], "--ewc-lambda", text])
+    assert "--ewc-lambda" in caught.value.format_message()
+    assert repr(text) in caught.value.format_message()
 
 
 @pytest.mark.parametrize("text", ["-1", "1,inf"])

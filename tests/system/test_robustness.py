@@ -87,10 +87,7 @@ def test_damaged_files_of_every_kind_are_read_or_refused(tmp_path: Path) -> None
 HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another exception": (lambda f: json.loads((f / "a.json").read_bytes()), "JSONDecodeError at "),
     "a changed file": (lambda f: (f / "a.json").write_text("{}"), "reading changed a file"),
-    "a file outside": (
-        lambda f: Path("/tmp/outside-of-all").write_text(""),
-        "'/tmp/outside-of-all' is w",
-    ),
+    "a file outside": (lambda f: Path("outside").write_text(""), "'outside' is written"),
     "a process": (lambda f: subprocess.run(["true"], check=False), "subprocess.Popen"),
     "a command": (lambda f: os.system("true"), "os.system"),
     "a socket": (lambda f: socket.socket(), "socket.__new__"),
@@ -103,7 +100,8 @@ HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", HARM)
-def test_a_fault_is_told(what: str, tmp_path: Path) -> None:
+def test_a_fault_is_told(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     harmful, expected = HARM[what]
 
     def write(folder: Path) -> list[str]:
@@ -121,7 +119,7 @@ def test_a_fault_is_told(what: str, tmp_path: Path) -> None:
     found = inputs.attack(tmp_path / "r.jsonl", 3, 0, time.monotonic() + 900, {what: kind})
     assert [case for case, _ in found[0]["faults"]] == [0, 1, 2]
     assert found[0]["faults"][0][1].startswith(expected), found[0]["faults"]
-    assert not Path("/tmp/outside-of-all").exists()
+    assert not Path("outside").exists()
 
 
 def test_damage_is_a_function_of_the_seed() -> None:

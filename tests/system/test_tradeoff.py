@@ -543,19 +543,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return inner
 
 
-def points(setting: str, method: str, strength: float, **settings: object) -> dict[str, object]:
+def figures(setting: str, method: str, strength: float, **settings: object) -> dict[str, Any]:
     """Measure a quick unit at one rate."""
     unit = tradeoff.unit(setting, method, 1e-3, strength, 0, True)
-    figures = tradeoff.measure(
-        setting, dataclasses.replace(unit, settings={**unit.settings, **settings}), raw=None
-    )
-    return figures["points"]
+    changed = dataclasses.replace(unit, settings={**unit.settings, **settings})
+    return tradeoff.measure(setting, changed, raw=None)
+
+
+def points(setting: str, method: str, strength: float, **settings: object) -> dict[str, object]:
+    return figures(setting, method, strength, **settings)["points"]
 
 
 @pytest.mark.parametrize("setting", tradeoff.SETTINGS)
 def test_methods_agree_where_they_are_the_same(setting: str, folder: Path) -> None:
     tried = GRIDS[setting]
-    free = points(setting, "free", 1e-3)
+    measured = figures(setting, "free", 1e-3)
+    free = measured["points"]
     for method in tried.keys() & {"l2", "l2_growing", "distill", *OURS}:
         assert points(setting, method, 0.0, alphas=[1.0]) == free, method
     if "fewer_steps" in tried:
@@ -570,8 +573,7 @@ def test_methods_agree_where_they_are_the_same(setting: str, folder: Path) -> No
     else:
         mixed = points(setting, "interpolation", 1.0, alphas=[1.0, 0.0])
         assert mixed["1"] == free["1"]
-        unit = tradeoff.unit(setting, "free", 1e-3, 1e-3, 0, True)
-        start = tradeoff.measure(setting, unit, raw=None)["start"]
+        start = measured["start"]
         assert {part: mixed["0"][part] for part in start} == start
 
 

@@ -204,7 +204,10 @@ def test_mixed_precision_learns_with_float32_masters(mixed_precision: str) -> No
     model = network().float()
     data = [(x.float(), y) for x, y in batches([32])] * 20
     scaler = torch.amp.GradScaler("cpu", enabled=mixed_precision == "fp16")
+    seen: set[torch.dtype] = set()
+    model[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     steps = run(model, data, mixed_precision=mixed_precision, scaler=scaler)
+    assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]}
     assert steps[-1].loss < steps[0].loss
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
