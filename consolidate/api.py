@@ -153,8 +153,8 @@ def fisher(
         batch_size: Examples measured at a time. Only batched depends on it: the others square
             gradients per example.
         tolerance: Read examples in random order and stop once the relative standard error of every
-            parameter's trace is at most this, after 64 examples at the earliest. (default: read
-            all)
+            parameter's trace is at most this, after 64 examples (of batched, batches) at the
+            earliest. (default: read all)
         accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32, float64.
         check: Verify per-example gradients on every batch, not only the first.
         kernel: Square gradients in a kernel that is compiled for this processor at the first use:
@@ -407,8 +407,8 @@ def finetune(
         fisher_batch_size: Examples measured at a time. Only batched depends on it: the others
             square gradients per example. (default: `batch_size`)
         fisher_tolerance: Read examples in random order and stop once the relative standard error of
-            every parameter's trace is at most this, after 64 examples at the earliest. (default:
-            read all)
+            every parameter's trace is at most this, after 64 examples (of batched, batches) at the
+            earliest. (default: read all)
         fisher_accumulate_dtype: Dtype for squaring and accumulating gradients. One of float32,
             float64.
         fisher_check: Verify per-example gradients on every batch, not only the first.

@@ -288,7 +288,8 @@ class Estimation:
     tolerance: float | None = option(
         None,
         "Read examples in random order and stop once the relative standard error of every "
-        "parameter's trace is at most this, after 64 examples at the earliest.",
+        "parameter's trace is at most this, after 64 examples (of batched, batches) at the "
+        "earliest.",
         by_default="read all",
         above=0,
     )

@@ -454,8 +454,8 @@ class FinetuneDryRun(PeakMemory):
     fisher_memory: Annotated[
         int | None,
         about(
-            "In bytes, what the weights and the sums of the Fisher after the training take, over "
-            "all shards; without factors and activations. null: it is not measured."
+            "In bytes, what the weights and the sums of the Fisher after the training take in this "
+            "process, without factors and activations. null: it is not measured."
         ),
     ]
 

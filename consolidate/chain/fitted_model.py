@@ -181,10 +181,7 @@ def _with_wider_vocabulary(load: Load, fitted: Fitted, new_labels: Sequence[str]
     parts = {id(embedding), *(id(p) for p in ([] if output is None else output.parameters()))}
     layout, source = model.layout, model.checkpoint
     if source.adapter is not None:
-        raise InputError(
-            f"{source.path}: expected a tokenizer with the {count} tokens of the base model, found "
-            f"{wanted}, and an adapter cannot add rows: use the tokenizer of the base model"
-        )
+        return fitted  # tokens that it lacks are refused where they occur
     files = {
         file
         for name, p in module.named_parameters()

@@ -11,12 +11,12 @@ from consolidate.chain.heads import models_of_tasks
 from consolidate.chain.opening import check_base, with_base
 from consolidate.commands.task_metrics import evaluate_all
 from consolidate.data.benchmarks import Benchmark, open_benchmark
-from consolidate.data.columns import columns_of
+from consolidate.data.columns import columns_of, of_rows
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples
 from consolidate.models.adapters import load
 from consolidate.models.model import Model
-from consolidate.options import Columns, EvaluateOptions
+from consolidate.options import EvaluateOptions
 from consolidate.results import Benchmark as BenchmarkResult
 from consolidate.results import EvaluateResult
 from consolidate.runtime.devices import best_device, dtype_of_name
@@ -118,9 +118,8 @@ def _encode(
     rows: Rows, model: Model, task_file: TaskFile, options: EvaluateOptions, known: Collection[str]
 ) -> Examples:
     given = options.encoding.columns
-    if model.objective.language:  # names may be of other data
-        lacking = {*known}.difference(rows.columns)
-        given = Columns(**{r: n for r, n in asdict(given).items() if n not in lacking})
+    if model.objective.language:
+        given = of_rows(given, rows, known)
     columns = columns_of(given, task_file.columns())
     return encode(rows, model, replace(options.encoding, columns=columns), seed=options.seed)
 

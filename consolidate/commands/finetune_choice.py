@@ -71,7 +71,7 @@ def check_held_out(
     if unknown := [name for name in validation if name not in (*ledger, new)]:
         raise UsageError(
             f"--validation {unknown[0]}: expected the new task, {new}, or a task of the ledger: "
-            f"{', '.join(ledger) or 'there is none; run `consolidate fisher` on it first'}"
+            + (", ".join(ledger) or "the checkpoint has none; run `consolidate fisher` on it first")
         )
     others = {_place(data) for data in other_data}
     if twice := [name for name, data in validation.items() if _place(data) in others]:

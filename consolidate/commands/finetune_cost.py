@@ -12,6 +12,7 @@ from consolidate.chain.output import output_bytes
 from consolidate.commands.finetune_run import descend, rows_of, run_length
 from consolidate.commands.pass_cost import peak_memory
 from consolidate.results import FinetuneDryRun
+from consolidate.runtime.shards import local
 from consolidate.training.loop import Step
 from formats.errors import InputError
 
@@ -76,6 +77,6 @@ def _fisher_memory(plan: "Plan", start: "Start") -> int:
     # An adapter's frozen weights are measured once it is merged; its own few count as well.
     parameters = list(start.model.module.parameters())
     measured = [p for p in parameters if p.requires_grad] + (start.frozen or [])
-    weights = sum(p.numel() * p.element_size() for p in parameters)
+    weights = sum(local(p).numel() * p.element_size() for p in parameters)
     dtype: torch.dtype = getattr(torch, plan.options.estimation.accumulate_dtype)
-    return weights + 2 * dtype.itemsize * sum(p.numel() for p in measured)
+    return weights + 2 * dtype.itemsize * sum(local(p).numel() for p in measured)

@@ -330,11 +330,13 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
     stored_at = find_fisher(folder, None if of_base else fisher)
     before = None if stored_at is None else stored_fisher(stored_at, source)
     protecting, where = before, (folder, options.checkpoint)
+    at = f" --revision {asked_source.revision}" if asked_source.revision else ""
     if of_base and kind == "ewc":
         assert source.base is not None
         place = find_fisher(source.base.path, fisher)
         protecting = None if place is None else stored_fisher(place, source.base)
         where = (source.base.path, asked_source.base_model or source.base.path)
+        at = ""
     objective = asked_source.objective
     to_measure = () if penalty.protect_self is None else (TASK,)
     if protecting is None and kind == "ewc" and not to_measure:
@@ -349,9 +351,9 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         of_tokens = kind_of_task.endswith(("-lm", "token-classification"))
         labels = "" if of_tokens else " (labels are not needed)"
         raise InputError(
-            f"{where[0]} holds no Fisher: run `consolidate fisher {where[1]} --data OLD_DATA{to}` "
-            f"first{labels}, or name one with --fisher{itself}; without old data: --penalty l2, or "
-            "--penalty none --interpolate auto"
+            f"{where[0]} holds no Fisher: run `consolidate fisher {where[1]}{at} --data "
+            f"OLD_DATA{to}` first{labels}, or name one with --fisher{itself}; without old data: "
+            "--penalty l2, or --penalty none --interpolate auto"
         )
     merging = settled_merging(before, options.merging)
     task_file, rows = open_task(options.data, split=options.encoding.split)

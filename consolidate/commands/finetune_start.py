@@ -19,7 +19,7 @@ from consolidate.chain.tasks import check_names_to_be
 from consolidate.commands.finetune_nats import Forecast
 from consolidate.commands.finetune_penalty import forecast_of, penalty_of
 from consolidate.data.benchmarks import Benchmark, open_benchmark
-from consolidate.data.columns import can_have_loss
+from consolidate.data.columns import can_have_loss, of_rows
 from consolidate.data.encoding import encode, log_images
 from consolidate.data.examples import Examples
 from consolidate.data.labels import label_names
@@ -261,8 +261,7 @@ def _columns_of(plan: "Plan", task_file: TaskFile, rows: Rows, known: Collection
     The new task's names of known columns that the rows lack are left out, and where the task file
     names what the model reads, so are all others that they lack.
     """
-    lacking = {*known}.difference(rows.columns)
-    columns = {r: name for r, name in asdict(plan.opened.columns).items() if name not in lacking}
+    columns = asdict(of_rows(plan.opened.columns, rows, known))
     stated = task_file.columns()
     if stated.keys() - {"label", "target"}:
         there = {"label", "target"} | {r for r, name in columns.items() if name in rows.columns}

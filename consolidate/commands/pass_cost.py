@@ -15,7 +15,7 @@ from consolidate.estimation.likelihoods import get_likelihood
 from consolidate.models.model import Model
 from consolidate.options import Estimation
 from consolidate.results import PassCost, PeakMemory
-from consolidate.runtime.distributed import all_processes, place_in
+from consolidate.runtime.distributed import all_processes, from_first, place_in
 from consolidate.runtime.shards import is_sharded
 
 SAMPLED_BATCHES = 3
@@ -45,6 +45,7 @@ def pass_cost(
     order, _ = reading_order(examples, estimation, batch_size, seed)
     count = len(order) if count is None else count
     processes = place_in(all_processes())[1]
+    group = all_processes() if is_sharded(model.module) else None
     # The first batch is checked, which takes longer; the others are spread over the order.
     labels = estimation.mc_samples or 1
     fewer = min(labels, SAMPLED_LABELS)
@@ -72,7 +73,7 @@ def pass_cost(
         **estimator_arguments(few_labels, structure, seed),
         indices=[i for batch in sample for i in batch],
         progress=clock,
-        group=all_processes() if is_sharded(model.module) else None,
+        group=group,
     )
     checked, *others = [(after - before) * labels / fewer for before, after in pairwise(times)]
     each = sum(others) / sum(map(len, sample[1:]))
@@ -80,7 +81,7 @@ def pass_cost(
         "estimator": str(estimation.estimator),
         "structure": structure,
         "examples": count,
-        "parameters": sum(values.numel() for values in diagonal.values()),
+        "parameters": from_first(sum(values.numel() for values in diagonal.values()), group),
         "seconds_per_example": each,
         "seconds": checked + each * max(0, count / processes - batch_size),
         **peak_memory(device),

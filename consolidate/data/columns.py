@@ -1,7 +1,7 @@
 """The columns of task data by role, such as text and label."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
 
 from consolidate.options import Columns
 from formats.errors import InputError
@@ -13,6 +13,14 @@ def columns_of(given: Columns, named: Mapping[str, str]) -> Columns:
     """Return the columns that the options name, and else those of the task file."""
     options = {role: name for role, name in asdict(given).items() if name is not None}
     return Columns(**{**named, **options})
+
+
+def of_rows(given: Columns, rows: Rows, known: Collection[str]) -> Columns:
+    """Leave out names of known columns, those of other data, that the rows lack."""
+    lacking = {role for role, name in asdict(given).items() if name in {*known} - {*rows.columns}}
+    if lacking & {"prompt", "completion"}:  # which one reads together
+        lacking |= {"prompt", "completion"}
+    return replace(given, **dict.fromkeys(lacking))
 
 
 INPUT_COLUMNS = ("inputs", "input", "x")

@@ -66,10 +66,12 @@ def encode_texts(
     known = len(module.get_input_embeddings().weight)
     token = examples.fields["input_ids"].largest()
     if token >= known:
+        way = "widen the embedding with `consolidate finetune`"
+        if model.checkpoint.adapter is not None:
+            way = "an adapter cannot add rows: use the tokenizer of the base model"
         raise InputError(
             f"{rows.name}: expected token ids below {known}, the rows of the model's embedding, "
-            f"found {token}: the tokenizer has grown; widen the embedding with "
-            "`consolidate finetune`"
+            f"found {token}: the tokenizer has grown; {way}"
         )
     return examples
 

@@ -71,8 +71,10 @@ def score_vectors(
     likelihood.check_labels(outputs, labels)
     match estimator.name:
         case "exact":
-            rows = range(len(labels))  # each alone, as another's predicted positions are not its
-            most = max(likelihood.outcomes(outputs[i : i + 1], labels[i : i + 1]) for i in rows)
+            most = likelihood.outcomes(outputs, labels)
+            if most > estimator.max_outcomes:  # each alone, without what only others predict
+                rows = range(len(labels))
+                most = max(likelihood.outcomes(outputs[i : i + 1], labels[i : i + 1]) for i in rows)
             check_outcomes(most, estimator.max_outcomes)
             yield from likelihood.exact_scores(outputs, labels)
         case "empirical":
@@ -135,7 +137,8 @@ def fisher_diagonal(
             and on the position.
         max_outcomes: The largest number of outcomes per example for `exact`.
         accumulate_dtype: Dtype of the result and of its sums, float32 or float64.
-        indices: Index of each example in its dataset, in reading order; by default 0, 1, 2 …
+        indices: Index of each example in its dataset, in reading order; by default 0, 1, 2 …, but
+            for several processes that sample labels, which need them.
         progress: Called after each batch with the number of its examples.
         check: Whether every batch is verified against single examples and autograd, not only the
             first.
@@ -143,7 +146,7 @@ def fisher_diagonal(
             first use, for float32: in C for a CPU, kept in the user's cache, or in Triton for CUDA.
             Where that fails, `note` says so, and the pass continues without it.
         tolerance: End the pass once each of the `relative_errors` is at most this, after at least
-            LEAST_EXAMPLES; the batches should come in random order.
+            LEAST_EXAMPLES (of `batched`, batches); the batches should come in random order.
         tolerance_every: Compare with the tolerance after this many batches of each process. Within
             as many, examples may be sorted, such as by length.
         start: The pass to resume, with the same batches; those that it has added are only read.

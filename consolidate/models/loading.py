@@ -186,7 +186,8 @@ def _from_transformers(
         _check_values(module, layout, weights, where)
         if new_labels is not None and layout.fresh:
             notes.append(f"new head, seed {seed}: {', '.join(layout.fresh)}")
-        processor = None if adapter is None else _processor(adapter, objective)
+        # An adapter has no config.json, by which transformers chooses among tokenizers.
+        processor = None if adapter is None else _processor(adapter, objective, config)
         if processor is None:
             processor = _processor(checkpoint, objective)
     if getattr(getattr(processor, "_tokenizer", None), "fix_mistral_regex", None) is False:
@@ -363,7 +364,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(each.contiguous().view(-1).view(same_width) for each in (a, b)))
 
 
-def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
+def _processor(checkpoint: Checkpoint, objective: Objective, config: Any = None) -> Any:
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if objective.modality == "image":
@@ -373,6 +374,8 @@ def _processor(checkpoint: Checkpoint, objective: Objective) -> Any:
     else:
         files, kind = _TOKENIZER_FILES, "AutoTokenizer"
         options["mistral_format"] = False  # the same tokens with and without mistral-common
+        if config is not None:
+            options["config"] = config
     if not any((folder / name).is_file() for name in files):
         return None
     import transformers

@@ -160,6 +160,20 @@ def test_an_adapter_has_its_own_tokenizer_or_that_of_its_base(gpt2: Path, tmp_pa
     assert load(opened(folder)).processor.chat_template == "{{ messages }}"
 
 
+def test_a_token_without_a_row_is_refused_where_it_occurs(gpt2: Path, tmp_path: Path):
+    folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn"])
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(300)])
+    tokenizer.save_pretrained(folder)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "sun and rain"}\n' * 2)
+    options = {"penalty": "none", "no_fisher": True, "epochs": 1, "batch_size": 2}
+    finetune(folder, texts, output_dir=tmp_path / "out", **options)
+    texts.write_text('{"text": "sun and <299>"}\n' * 2)
+    with pytest.raises(InputError, match="an adapter cannot add rows: use the tokenizer of the"):
+        finetune(folder, texts, output_dir=tmp_path / "other", **options)
+
+
 def test_the_base_model_is_found_or_named(gpt2: Path, tmp_path: Path):
     folder = peft_adapter(tmp_path / "adapter", gpt2, target_modules=["c_attn"])
     assert opened(folder).base.path == gpt2
