@@ -18,7 +18,7 @@ def columns_of(given: Columns, named: Mapping[str, str]) -> Columns:
 def of_rows(given: Columns, rows: Rows, known: Collection[str]) -> Columns:
     """Leave out names of known columns, those of other data, that the rows lack."""
     lacking = {role for role, name in asdict(given).items() if name in {*known} - {*rows.columns}}
-    if lacking & {"prompt", "completion"}:  # which one reads together
+    if lacking & {"prompt", "completion"}:  # either alone is nothing to read
         lacking |= {"prompt", "completion"}
     return replace(given, **dict.fromkeys(lacking))
 
