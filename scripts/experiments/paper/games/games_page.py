@@ -193,10 +193,10 @@ in the first seed. This one was made after that, on recorded play of an agent wi
 seed 1002, which are no rows'. About seventy settings of it were tried on the first, in eight
 orders of the same stretches, and eleven on the second; these lie between those that split games
 and those that take two games for one. The scripts of that choice are not kept. At first a score
-could take any context, which gave 0.90 (2.11 ± 0.53; by seed 3.00, 2.18, 1.15). In seed 2 the
-window in which space invaders came back had become a context by itself: it knew the first frames of
-an episode best, and had learned nothing. Contexts of so few steps are left out of scores since
-then, which leaves the training as it was.
+could take any context, which gave 0.90 (2.11 ± 0.53; by seed 3.00, 2.18, 1.15; these records are
+replaced). In seed 2, as was seen in that row itself, the window in which space invaders came back
+had become a context: it knew the first frames of an episode best, and had learned nothing. Contexts
+of so few steps are left out of scores since then, which leaves the training as it was.
 """
 BESIDE = """ The baseline takes the highest channel in use in the last {window} steps as the
 context. Beside it, on the same play and with the same settings, are the frames of one copy alone,
