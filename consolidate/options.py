@@ -43,20 +43,16 @@ def read_lambda(text: str) -> Any:
     return found if len(found) > 1 else found[0]
 
 
-def read_alpha(text: str) -> float | str:
-    """Read α as it was typed."""
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise ValueError("expected a number from 0 to 1, or auto") from None
+def number_or(*words: str, expected: str) -> Callable[[str], float | str]:
+    """Give the function that reads a number, or one of some words, as it was typed."""
 
+    def read(text: str) -> float | str:
+        try:
+            return text if text in words else float(text)
+        except ValueError:
+            raise ValueError(expected) from None
 
-def read_weight(text: str) -> float | str:
-    """Read a task's weight as typed."""
-    try:
-        return text if text in ("units", "trace") else float(text)
-    except ValueError:
-        raise ValueError("expected a number, units or trace") from None
+    return read
 
 
 def _checkpoint(help: str = "A folder, a weights file, or a repository on the Hub.") -> Any:
@@ -414,7 +410,7 @@ class Merging:
         metavar="X|units|trace",
         choices=("units", "trace"),
         least=0,
-        typed=read_weight,
+        typed=number_or("units", "trace", expected="expected a number, units or trace"),
     )
 
 
@@ -601,7 +597,7 @@ class Interpolating:
         choices=("auto",),
         least=0,
         most=1,
-        typed=read_alpha,
+        typed=number_or("auto", expected="expected a number from 0 to 1, or auto"),
     )
     interpolation: str = option(
         "plain",

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -315,12 +314,12 @@ def _file_names(stem: str, tensors: TensorFiles) -> set[str]:
     names = {file.name for file in tensors.files}
     if names == {f"{stem}.safetensors"}:
         return names
-    shard = re.compile(rf"{stem}-([0-9]{{5}})-of-([0-9]{{5}})\.safetensors")
-    for name in sorted(names):
-        if not shard.fullmatch(name):
+    shards = [f"{stem}-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
+    for expected, name in zip(shards, sorted(names), strict=True):
+        if name != expected:
             raise InputError(
-                f"{tensors.path}: {stem}.safetensors.index.json: expected shards named "
-                f"{stem}-0000i-of-0000n.safetensors, found {name}; fetch or save the folder again"
+                f"{tensors.path}: {stem}.safetensors.index.json: expected {len(names)} shards, "
+                f"with the name {expected} among them, found {name}; fetch or save the folder again"
             )
     return names | {f"{stem}.safetensors.index.json"}
 

@@ -565,7 +565,10 @@ def _faults_of_blocks(ledger: Ledger) -> Iterator[str]:
             if (block.matrix, parameter) in seen:
                 yield f"{where}: {shown(parameter)} has two matrices {block.matrix}"
             seen.add((block.matrix, parameter))
-        sizes = _block_sizes(block, [ledger.fisher[p].shape for p in block.parameters])
+        shapes = [ledger.fisher[parameter].shape for parameter in block.parameters]
+        for bias in _misfits(block, shapes):
+            yield f"{where}.parameters: expected a bias of the outputs, found shape {list(bias)}"
+        sizes = _block_sizes(block, shapes)
         if not sizes:
             yield f"{where}: expected a parameter with the dimensions {list(block.dims)}"
         for size in sizes:
@@ -583,6 +586,18 @@ def _faults_of_factor_penalty(ledger: Ledger) -> Iterator[str]:
         both = "factor_anchor and the parameters of blocks"
         yield from _faults_of_set(ledger, ledger.factor_anchor, "factor_anchor", ("F32",))
         yield from _faults_of_pair(covered(ledger.blocks), ledger.factor_anchor, both)
+
+
+def _misfits(block: Block, shapes: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """Yield the shapes of biases that are not one number for each output of a weight."""
+    outputs = {
+        math.prod(size for d, size in enumerate(shape) if d not in block.dims)
+        for shape in shapes
+        if len(shape) > 1
+    }
+    for shape in shapes if outputs else ():
+        if not shape or (len(shape) == 1 and block.matrix != "G" and shape[0] not in outputs):
+            yield shape
 
 
 def _block_sizes(block: Block, shapes: list[tuple[int, ...]]) -> set[int]:

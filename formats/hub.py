@@ -71,9 +71,12 @@ def locate(
             )
         return path
     name = str(checkpoint)
-    if revision is None:
-        name, _, named = name.partition("@")
-        revision = named or None
+    name, _, named = name.partition("@")
+    if named and revision is not None:
+        raise UsageError(
+            f"{checkpoint} names a revision, and so does --revision {revision}: name it once"
+        )
+    revision = revision or named or None
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -91,7 +94,7 @@ def locate(
         )
     wanted = None if only is None else list(only)
     fetch = partial(snapshot_download, name, revision=revision, allow_patterns=wanted)
-    reached = False
+    reached, ignored = False, None
     try:
         with hub_call("", again="", revision=revision):
             info = HfApi().model_info(name, revision=revision, timeout=10, files_metadata=True)
@@ -104,6 +107,9 @@ def locate(
         safe = any("/" not in file and file.endswith(".safetensors") for file in files)
         pickles = [f for f in files if f.endswith(PICKLE_SUFFIXES) and not _MODULE.match(f)]
         standard = {"model.safetensors", "model.safetensors.index.json"}.intersection(files)
+        # Beside a pickle of the usual name, a file of another name is not the weights.
+        usual = {"pytorch_model.bin", "pytorch_model.bin.index.json"}.intersection(files)
+        safe &= bool(standard or not usual or "adapter_model.safetensors" in files)
         copies = COPIES if standard else []
         ignored = [*OTHER_FRAMEWORKS, *copies, *(map(escape, pickles) if safe else []), *without]
         with hub_call("", again="", revision=revision):
@@ -111,18 +117,18 @@ def locate(
     except (InputError, NetworkError) as error:
         failed = isinstance(error, NetworkError)
         if failed or isinstance(error, AccessError):
-            if (cached := _cached(fetch, without)) is not None:
+            if (cached := _cached(fetch, without, ignored)) is not None:
                 if not is_offline_mode():
                     LOG.warning("%s: %s; using the copy in the cache", name, error)
-                return _logged(name, cached)
-            if _near(path):
+                return _logged(name, cached, only)
+            if not reached and revision is None and _near(path):
                 raise InputError(lost) from None  # a typing error, which no retry cures
         start = f"{name}: " if reached else f"{lost}, and "
         if failed and is_offline_mode():  # the same command would fail again
             raise InputError(f"{start}{error}; check the spelling, or unset it") from None
         advice = "try again" if reached else "check the spelling, or try again"
         raise type(error)(f"{start}{error}{f'; {advice}' if failed else ''}") from None
-    return _logged(name, snapshot)
+    return _logged(name, snapshot, only)
 
 
 def commits_of(*paths: Path | None) -> dict[str, str]:
@@ -161,8 +167,11 @@ def remote_headers(name: str, commit: str, stem: str) -> dict[str, tuple[str, tu
     return headers
 
 
-def _logged(name: str, snapshot: str) -> Path:
+def _logged(name: str, snapshot: str, only: Sequence[str] | None) -> Path:
     path = Path(snapshot)
+    # The client makes the folder for the first file.
+    if only is not None and "config.json" not in only and not path.is_dir():
+        raise InputError(f"{name} has no fisher/fisher.json: name a checkpoint with a Fisher")
     LOG.info("%s is at commit %s", name, path.name)
     return path
 
@@ -223,11 +232,18 @@ def _refuse_unreadable(info: ModelInfo, files: Sequence[str], revision: str | No
         )
 
 
-def _cached(fetch: Callable[..., str], without: Sequence[str]) -> str | None:
-    # What was skipped does not make a snapshot incomplete.
-    pickles = [f"*{suffix}" for suffix in PICKLE_SUFFIXES]
-    for more in ((), pickles, [*pickles, *COPIES]):
-        ignored = [*OTHER_FRAMEWORKS, *more]
+def _cached(
+    fetch: Callable[..., str], without: Sequence[str], ignored: Sequence[str] | None
+) -> str | None:
+    """Find a snapshot in the cache with all files but the ignored, or those that may have been."""
+    # What was skipped does not make a snapshot incomplete. Pickles of a `_MODULE` never are.
+    starts = ("[!0-9]", "[0-9][!_]")
+    pickles = [f"{start}*{suffix}" for start in starts for suffix in PICKLE_SUFFIXES]
+    guesses = ([], pickles, [*pickles, *COPIES]) if ignored is None else ([],)
+    for more in guesses:
+        patterns = [*OTHER_FRAMEWORKS, *more, *without] if ignored is None else ignored
         with suppress(LocalEntryNotFoundError):
-            return fetch(ignore_patterns=[*ignored, *without], local_files_only=True)
+            found = fetch(ignore_patterns=patterns, local_files_only=True)
+            if not more or any(Path(found).glob("*.safetensors")):
+                return found
     return None

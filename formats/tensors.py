@@ -15,7 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from formats.checkpoint_files import broken, check_index, inside, read_index
+from formats.checkpoint_files import broken, check_index, check_link, inside, read_index
 from formats.digest import DTYPES, dtype_name, little_endian_chunks
 from formats.disk_errors import explain_full_disk, final_path
 from formats.errors import InputError
@@ -24,7 +24,7 @@ Header = tuple[torch.dtype, tuple[int, ...]]
 
 MAX_SHARD_SIZE = 5 * 10**9
 MAX_HEADER_BYTES = 25 * 10**6
-"""The limit for all files of a checkpoint together, twice what models of 70,000 tensors need: each
+"""The limit for all files of a set together, twice what models of 70,000 tensors need: each
 tensor of a header takes time even if it is empty, and the Hub has the same limit for a file."""
 
 MAX_TENSORS = 100_000
@@ -189,7 +189,7 @@ def open_tensors(path: Path, stem: str = "model") -> TensorFiles:
                 "the folder again"
             )
         return TensorFiles(path, [inside(path, single.name)])
-    weight_map = read_index(index)
+    weight_map = read_index(check_link(path, index))
     tensors = TensorFiles(path, [inside(path, name) for name in sorted(set(weight_map.values()))])
     check_index(index, weight_map, {name: tensors.file_of(name).name for name in tensors})
     return tensors
@@ -286,7 +286,7 @@ def _open(file: Path, room: int) -> tuple[Any, int]:
             size = int.from_bytes(content.read(8), "little")
         if size > room:
             reason = f"header too large: expected at most {room:,} of {MAX_HEADER_BYTES:,} bytes "
-            reason += f"for all headers of a checkpoint, found {size:,}"
+            reason += f"for the headers of all shards, found {size:,}"
             raise broken(file, "a safetensors file", reason)
         return safe_open(file, framework="pt"), size
     except PermissionError as error:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from support import loopback_hub
@@ -54,6 +55,9 @@ _PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "HTTP_PROXY", "HTTPS_PROXY", "AL
 
 def pytest_configure() -> None:
     """Leave the caller's settings out: tokens, caches, proxies, another repository of git, GPUs."""
+    if "OMP_NUM_THREADS" not in os.environ:  # a fork would wait for threads that it does not have
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     for name in set(os.environ) - {"CONSOLIDATE_TEST_DEVICE"}:
         if name.startswith(_OF_OTHERS) or name.upper() in _PROCESS:
             del os.environ[name]

@@ -99,7 +99,13 @@ def side_by_side(ledger: Ledger) -> list[list[str]]:
 
 def _same_but_names(task: TaskRecord, other: TaskRecord) -> bool:
     """Whether two records differ at most in the names of tensors, as after `consolidate remap`."""
-    layers = [list(each.layers.values()) for each in (task, other)]
+    if task.layers.keys() == other.layers.keys():
+        return False
+    layers = [
+        # In any order: that of the renamed file may be another.
+        sorted((layer.trace, -1.0 if layer.overlap is None else layer.overlap) for layer in each)
+        for each in (task.layers.values(), other.layers.values())
+    ]
     return layers[0] == layers[1] and replace(task, layers={}) == replace(other, layers={})
 
 

@@ -89,7 +89,7 @@ def with_head_of(load: Load, source: Checkpoint, chain: Chain, task: str) -> Mod
             records[other].labels
             for other in reversed(list(records))
             if (same := chain.heads.get(other))
-            and list(same) == list(head)
+            and same.keys() == head.keys()
             and all(torch.equal(same[name], head[name]) for name in head)
         ),
         records[task].labels,

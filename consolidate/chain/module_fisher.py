@@ -19,7 +19,7 @@ from consolidate.models.objectives import get_objective
 from consolidate.options import Merging
 from formats.atomic import claimed_in_place, replace_folder
 from formats.checkpoint import open_checkpoint
-from formats.errors import InputError, UsageError
+from formats.errors import InputError, NonFiniteError, UsageError
 from formats.fisher_folder import LEDGER_NAME
 from formats.fisher_json import Ledger, check_task_name, read_ledger
 
@@ -77,7 +77,7 @@ def store_fisher(
     try:
         if after is None and _is_unmeasured(target, task):
             before, overwrite = stored_fisher(target, source), True
-    except InputError:
+    except (InputError, NonFiniteError):
         if not overwrite:
             raise
     refuse_existing(target, overwrite=overwrite)

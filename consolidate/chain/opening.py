@@ -1,7 +1,7 @@
 """Open a checkpoint with what belongs to it: its base, its Fisher, its tasks."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from formats.fisher_folder import (
     LEDGER_NAME,
     StoredFisher,
     check_belongs,
+    check_fisher_values,
     check_intact,
     read_fisher,
 )
@@ -67,6 +68,7 @@ def stored_fisher(folder: Path, source: Checkpoint) -> StoredFisher:
     check_kind(stored, source)
     check_base(stored.ledger, folder, source)
     check_intact(stored)
+    check_fisher_values(stored)
     check_factors(stored)  # a negative eigenvalue would push the weights away
     return stored
 
@@ -164,8 +166,13 @@ def check_kind(stored: StoredFisher, source: Checkpoint) -> None:
         )
 
 
-def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
-    """Open the base model of an adapter: the one given, else the one its config names."""
+def with_base(
+    source: Checkpoint, base_model: str | Path | None, *, without: Sequence[str] = FISHER
+) -> Checkpoint:
+    """Open the base model of an adapter: the one given, else the one its config names.
+
+    `without` are patterns of files that are not fetched from a repository.
+    """
     if source.adapter is None:
         if base_model is not None:
             raise UsageError(f"{source.path} is not an adapter: leave --base-model out")
@@ -177,7 +184,7 @@ def with_base(source: Checkpoint, base_model: str | Path | None) -> Checkpoint:
             f"{source.path / ADAPTER_CONFIG}: the base model {named!r} is not a local folder: name "
             "the base model with --base-model"
         )
-    base = open_checkpoint(locate(base_model, without=FISHER))
+    base = open_checkpoint(locate(base_model, without=without))
     if base.adapter is not None:
         raise InputError(
             f"{source.path}: expected a whole model as the base model, found an adapter, "

@@ -378,12 +378,13 @@ def _computed_weight(asked: str, tasks: Sequence[TaskRecord], apart: Collection[
 
 
 def check_held_once(fisher: Iterable[str], layout: Layout, where: str) -> None:
-    """Refuse two Fishers whose names are one tensor in the model."""
+    """Refuse a Fisher under a second name of a tensor, where it is to be under the first too."""
     seen: dict[str, str] = {}
     for name in fisher:
         other = seen.setdefault(layout.duplicates.get(name, name), name)
         if other != name:
             raise InputError(
-                f"{where}: {other} and {name} are one tensor in the model, but have two Fishers: "
-                "use a model in which they are two tensors, or measure the Fisher again"
+                f"{where}: {other} and {name} are one tensor in the model: expected one Fisher, "
+                "under the name that the model lists first: use a model in which they are two "
+                "tensors, or measure the Fisher again"
             )

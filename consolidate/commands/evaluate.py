@@ -104,7 +104,7 @@ def _opened(options: EvaluateOptions) -> tuple[Checkpoint, StoredFisher | None]:
     at = folder / "fisher" / LEDGER_NAME
     recover(at.parent)
     check_link(at.parent, at)
-    ledger = read_ledger(at) if at.is_file() else None
+    ledger = read_ledger(at) if at.parent.is_dir() else None
     if ledger is not None and ledger.heads:
         folder = locate(checkpoint, revision)  # saved heads need the whole folder
     source = with_base(open_checkpoint(folder), options.source.base_model)

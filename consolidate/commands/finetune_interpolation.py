@@ -164,7 +164,7 @@ class Interpolator:
         trials = [Trial(**trial) for trial in self.state["trials"]]
         return {
             "alpha": self.state["alpha"],
-            "rule": self._rule,
+            "rule": "best-mean" if self.plan.old else "kept-gain",
             "measured": self._held.described("no old data"),
             "new_task": self.plan.new,
             "old_tasks": self.plan.old,
@@ -180,10 +180,6 @@ class Interpolator:
                 for trial in trials
             ],
         }
-
-    @property
-    def _rule(self) -> str:
-        return "best-mean" if self.plan.old else "kept-gain"
 
     def _next(self) -> float | None:
         """Give the next α to measure; None once there are enough.

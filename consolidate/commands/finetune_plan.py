@@ -322,10 +322,14 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
     folder = locate(
         options.checkpoint, asked_source.revision, without=() if fisher is None else FISHER
     )
-    source = with_base(open_checkpoint(folder), asked_source.base_model)
+    source = open_checkpoint(folder)
+    if source.adapter is not None and fisher is not None:  # beside it, its own tasks go on
+        folder = locate(options.checkpoint, asked_source.revision)
+    penalty_on = _penalty_on(options, source, lora)
+    needed = penalty_on == "merged" and kind == "ewc" and fisher is None
+    source = with_base(source, asked_source.base_model, without=() if needed else FISHER)
     if target is not None:
         check_output(target, source, overwrite=options.saving.overwrite, whole=True)
-    penalty_on = _penalty_on(options, source, lora)
     of_base = source.base is not None and penalty_on == "merged"
     stored_at = find_fisher(folder, None if of_base else fisher)
     before = None if stored_at is None else stored_fisher(stored_at, source)

@@ -23,7 +23,7 @@ from formats.atomic import partial_path, recover
 from formats.checkpoint import Checkpoint, open_checkpoint
 from formats.checkpoint_files import check_link
 from formats.digest import json_digest
-from formats.errors import ConsolidateError, InputError, UsageError
+from formats.errors import ConsolidateError, InputError, NonFiniteError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.fisher_json import TaskRecord, read_ledger
 from formats.hub import FISHER, VALUES, find_local, locate
@@ -272,9 +272,12 @@ def _in_float32(options: FisherOptions, source: Checkpoint) -> FisherOptions:
 
 def _last_task(folder: Path) -> TaskRecord | None:
     """Give the last task of a checkpoint's ledger; None where there is no readable one."""
+    path = folder / "fisher" / LEDGER_NAME
     try:
-        return read_ledger(folder / "fisher" / LEDGER_NAME).tasks[-1]
-    except ConsolidateError:
+        return read_ledger(path).tasks[-1]
+    except ConsolidateError as error:
+        if path.is_file():  # in place it is refused later
+            LOG.warning("the Fisher beside the weights is not read: %s", error)
         return None
 
 
@@ -300,12 +303,12 @@ def _stored_before(
         return None
     try:
         return stored_fisher(folder / "fisher", source)
-    except InputError as error:
+    except (InputError, NonFiniteError) as error:
         if not completes or options.output_dir is not None:
             raise
         if options.saving.overwrite:
             return None
-        raise InputError(f"{error}; --overwrite leaves out what is stored") from None
+        raise type(error)(f"{error}; --overwrite leaves out what is stored") from None
 
 
 def _refuse_beside_unmeasured(options: FisherOptions, last: TaskRecord, name: str) -> None:

@@ -80,9 +80,7 @@ def _merge(options: MergeOptions) -> MergeResult:
     if there is None:
         check()
 
-    def result(
-        status: Literal["done", "cached"], ledger: Ledger, trace: float, *, anchored: bool
-    ) -> MergeResult:
+    def result(status: Literal["done", "cached"], ledger: Ledger, trace: float) -> MergeResult:
         return {
             "status": status,
             "checkpoint": str(target),
@@ -95,18 +93,18 @@ def _merge(options: MergeOptions) -> MergeResult:
             "parameters": sum(record.count for record in ledger.fisher.values()),
             "trace": trace,
             "penalty_offset": ledger.penalty_offset,
-            "anchor": "fisher/anchor" if anchored else "the weights",
+            "anchor": "the weights" if ledger.anchor is None else "fisher/anchor",
             "factors": factor_totals(ledger),
             "without_factors": plan.without_factors,
         }
 
     if (done := cached(there, plan.made_from)) is not None:
         trace = math.fsum(float(done.fisher[name].sum(dtype=torch.float64)) for name in done.fisher)
-        return result("cached", done.ledger, trace, anchored=done.anchor is not None)
+        return result("cached", done.ledger, trace)
     if there is not None:
         check()
     ledger, trace = _write(plan, target, overwrite=options.overwrite)
-    return result("done", ledger, trace, anchored=ledger.anchor is not None)
+    return result("done", ledger, trace)
 
 
 def _write(plan: Plan, target: Path, *, overwrite: bool) -> tuple[Ledger, float]:
@@ -117,6 +115,7 @@ def _write(plan: Plan, target: Path, *, overwrite: bool) -> tuple[Ledger, float]
         merged = _Merged(plan)
         merged.layers.solve(solved)
         found = _survey(merged, plan.everything)
+        own = found.factor_offset != found.offset
         write_checkpoint(staging, plan.models[0].source, merged.weights, card=False)
         ledger = Ledger(
             tasks=plan.tasks,
@@ -124,7 +123,7 @@ def _write(plan: Plan, target: Path, *, overwrite: bool) -> tuple[Ledger, float]
             gamma=1.0,
             penalty_offset=found.offset,
             blocks=merged.blocks or None,
-            factor_offset=found.factor_offset if merged.blocks else None,
+            factor_offset=found.factor_offset if merged.blocks and own else None,
             unprotected={
                 name: first[name] if at == name else SAME_AS + at
                 for name, at in merged.file_names.items()

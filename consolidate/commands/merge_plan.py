@@ -21,9 +21,9 @@ from formats.atomic import unreplaced
 from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.digest import json_digest
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import LEDGER_NAME, StoredFisher, check_fisher_values
+from formats.fisher_folder import LEDGER_NAME, StoredFisher
 from formats.fisher_json import Block, TaskRecord, copies
-from formats.hub import locate
+from formats.hub import commits_of, locate
 from formats.tensors import Renamed, TensorFiles, dtype_of, shape_of
 
 LOG = logging.getLogger("consolidate")
@@ -148,11 +148,14 @@ def plan_merge(
 
 def _refuse_unmeasured(opened: Sequence[OpenModel]) -> None:
     """Refuse models whose last task has no Fisher yet: it can only be measured at their weights."""
-    for model in opened if len(opened) > 1 else ():
+    for model in opened:
         if (task := pending_task(model.stored)) is not None:
+            # In the Hub's cache nothing is to be written.
+            fetched = next(iter(commits_of(model.path).items()), None)
+            of = str(model.path) if fetched is None else f"{'@'.join(fetched)} --output-dir DIR"
             raise InputError(
                 f"{model.path}: the Fisher of {task.name!r} was not measured, so merging would not "
-                f"protect it: run `consolidate fisher {model.path} --data DATA --task {task.name}`"
+                f"protect it: run `consolidate fisher {of} --data DATA --task {task.name}`"
             )
 
 
@@ -190,7 +193,6 @@ def _open_folder(path: Path, coefficient: float) -> OpenModel:
         )
     stored = stored_fisher(path / "fisher", source)
     check_finite(source.weights, path)
-    check_fisher_values(stored)
     return OpenModel(path, source, stored, coefficient, {name: name for name in source.weights}, {})
 
 

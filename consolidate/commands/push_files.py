@@ -14,10 +14,11 @@ from consolidate.runtime.devices import dtype_of_name
 from formats.checkpoint import CARD, Checkpoint, open_checkpoint
 from formats.checkpoint_files import check_link
 from formats.errors import InputError, UsageError
-from formats.fisher_folder import StoredFisher, in_one_line, read_fisher, write_fisher
+from formats.fisher_folder import StoredFisher, read_fisher, write_fisher
 from formats.fisher_json import Ledger
 from formats.hub import locate
 from formats.tensors import TensorFiles, dtype_of, write_tensors
+from formats.wording import few
 
 LOG = logging.getLogger("consolidate")
 INDEX = "model.safetensors.index.json"
@@ -159,7 +160,7 @@ def _others(folder: Path, source: Checkpoint) -> dict[str, Path | bytes]:
         LOG.info(
             "not sent: %s (only weights, configuration, tokenizer, licence and the code of an "
             "auto_map are)",
-            in_one_line([repr(name) for name in left_out]).replace(";", ","),
+            few([repr(name) for name in left_out], 5),
         )
     return contents
 

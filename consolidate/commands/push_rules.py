@@ -12,7 +12,7 @@ from typing import Any
 from consolidate.views.card import is_repository
 from formats.checkpoint_files import check_link, read_json
 from formats.errors import InputError
-from formats.fisher_folder import in_one_line
+from formats.wording import few
 
 LOG = logging.getLogger("consolidate")
 _WITH_AUTO_MAP = ("config.json", "tokenizer_config.json", "*processor_config.json")
@@ -85,7 +85,7 @@ def named_code(folder: Path) -> set[str]:
         LOG.info(
             "code needed by an auto_map is missing in %s: %s",
             folder,
-            in_one_line(sorted({repr(name) for name in missing})).replace(";", ","),
+            few(sorted({repr(name) for name in missing}), 5),
         )
     return found
 

@@ -411,7 +411,7 @@ def _is_settled(measured: Pass, tolerance: float, behind: bool, group: ProcessGr
 
     `behind` means that this process still reads what the resumed pass had added before.
     """
-    measured.count()
+    # Counted at fixed batches, so that the sums are rounded identically.
     draws = 0 if measured.accumulators is None else measured.accumulators.counts.draws
     any_behind, of_all = summed(group, behind, draws)
     if any_behind or of_all < LEAST_EXAMPLES:

@@ -83,10 +83,6 @@ class BlockSums:
         self._dtype = dtype
         self._pairs: dict[str, Tensor] = {}  # G Gᵀ of the vectors before the last, by weight
 
-    def add(self, gradients: Mapping[str, Gradients], size: int) -> None:
-        """Add the gradients of one call's parameters for one vector, those of `size` examples."""
-        self.add_uses({name: [found] for name, found in gradients.items()}, size)
-
     def add_uses(self, uses: Mapping[str, Sequence[Gradients]], size: int) -> None:
         """Add gradients that are sums over several uses, for one vector and `size` examples."""
         for weight in uses:

@@ -326,8 +326,8 @@ class Squares:
         others = self.blocks is not None
         if self.blocks is not None:
             counts = self._recording.use_counts
-            once = {name: found for name, found in gradients.items() if counts[name] == 1}
-            self.blocks.add(once, len(examples))
+            once = {name: [found] for name, found in gradients.items() if counts[name] == 1}
+            self.blocks.add_uses(once, len(examples))
         for name, found in gradients.items():
             if name in self._recording.mismatched:
                 continue

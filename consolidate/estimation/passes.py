@@ -109,11 +109,6 @@ class Pass:
         """Return the relative standard error of each trace that is not negligible, by name."""
         return self._accumulators().relative_errors(group)
 
-    def count(self) -> None:
-        """Count what was added, at fixed batches, so that the sums are rounded identically."""
-        if self.accumulators is not None:
-            _ = self.accumulators.counts
-
     def sum_over_processes(self) -> None:
         """Add the sums of the other processes; no batch may be added after that."""
         if self._group is not None:

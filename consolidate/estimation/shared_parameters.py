@@ -209,7 +209,7 @@ def _alone(call: _Function, shared: list[Shared]) -> Any:
     # The same source twice counts once.
     sources = tuple({id(source.leaf): source for s in shared for source in s.sources}.values())
     if isinstance(out, Tensor) and len(shared) == 1:
-        if call.name == "repeat" and (grown := _repeated(call, first, out)) is not None:
+        if call.name == "repeat" and (grown := _repeated(first, out)) is not None:
             return grown
         if call.name in _EXPANDING | _ROW_BY_ROW and out.ndim >= first.ndim:
             value = _padded(first.value, out.ndim)
@@ -249,7 +249,7 @@ def _after(call: _Function, shared: list[Shared]) -> Any:
     )
 
 
-def _repeated(call: _Function, one: Shared, out: Tensor) -> Shared | None:
+def _repeated(one: Shared, out: Tensor) -> Shared | None:
     """Return a tensor repeated along its first dimension."""
     if out.shape[1:] != one.face.shape[1:] or not one.face.ndim or not len(one.face):
         return None

@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from consolidate.estimation.batches import Place, eval_mode, model_outputs, place_of, placed
 from consolidate.estimation.likelihoods import Likelihood
-from consolidate.ewc.penalty import Penalty, WeightPenalty, check_proximal
+from consolidate.ewc.penalty import Penalty, WeightPenalty
 from consolidate.options import Recipe
 from consolidate.runtime.distributed import place_in, sum_, summed
 from consolidate.runtime.shards import is_sharded, whole
-from formats.errors import NonFiniteError, UsageError
+from formats.errors import NonFiniteError
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch has Adam as one kernel
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -236,7 +236,8 @@ def training_steps(
     place, sharded = place_of(model), is_sharded(model)
     scaler = scaler or torch.amp.GradScaler(place.device.type, enabled=False)
     scaler.scale(torch.zeros((), device=place.device))  # as a first step without rows does not
-    proximal = _proximal(penalty, optimizer) if recipe.penalty_step == "proximal" else None
+    proximal = penalty if recipe.penalty_step == "proximal" else None
+    assert proximal is None or isinstance(proximal, Penalty)  # others have no step of their own
     penalty_value, valued_at = 0.0, None
     grouped = _grouped(batches, recipe.gradient_accumulation_steps)
     for step, micro_batches in enumerate(grouped, first_step + 1):
@@ -313,19 +314,6 @@ def _loss(
         outputs = model_outputs(model, inputs, labels)
     likelihood.check_labels(outputs, labels)
     return likelihood.negative_log_likelihood(outputs, labels).sum()
-
-
-def _proximal(penalty: WeightPenalty | None, optimizer: torch.optim.Optimizer) -> Penalty | None:
-    """Return the penalty if it can take its own step after this optimizer's; refuse it if not."""
-    if penalty is None:
-        return None
-    if not isinstance(penalty, Penalty):
-        raise UsageError(
-            "The penalty on merged weights has no proximal step, as it is not separable in A "
-            "and B: take its gradient instead."
-        )
-    check_proximal(optimizer)
-    return penalty
 
 
 def _check_finite(name: str, value: float, step: int) -> None:

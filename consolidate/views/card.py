@@ -54,8 +54,7 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
 
     Written here are the block between two marks, and in the metadata the tags, the results from
     the ledger and missing fields. A block with the name of another repository came with its model,
-    which is then the base model unless one is named; in a card of a folder that was not pushed,
-    the metadata name it.
+    which is then the base model unless one is named; else the metadata name it.
     """
     existing = existing or ""
     windows = 0 < existing.count("\n") == existing.count("\r\n")
@@ -63,8 +62,14 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     card = _read(existing)
     found = REGEX_YAML_BLOCK.search(existing.removeprefix("\ufeff"))
     ours = _BLOCK.search(card.text)
-    if ours and not subject.base_model:
-        subject = replace(subject, base_model=_named(card, subject.repository))
+    if not subject.base_model:
+        merge = not ours or ours[1] in ("", subject.repository)
+        merge = merge and vars(card.data).get("base_model_relation") == "merge"
+        subject = replace(
+            subject,
+            base_model=_named(card, subject.repository) if ours else _bases(card),
+            relation=subject.relation or ("merge" if merge else None),
+        )
     _merge_metadata(vars(card.data), ledger, subject)
     name = subject.repository
     block = f"{BEGIN.format(f'{name} ' if name else '')}\n{card_text(ledger, subject)}\n{END}"
@@ -176,7 +181,14 @@ def _named(card: ModelCard, repository: str = "") -> tuple[str, ...]:
     ours = _BLOCK.search(card.text)
     if ours is None:
         return ()
-    bases = vars(card.data).get("base_model") if ours[1] in ("", repository) else ours[1]
+    if ours[1] in ("", repository):
+        return _bases(card)
+    return (ours[1],) if is_repository(ours[1]) else ()
+
+
+def _bases(card: ModelCard) -> tuple[str, ...]:
+    """Give the base models in the metadata of a card; none where one is not a repository."""
+    bases = vars(card.data).get("base_model")
     bases = bases if isinstance(bases, list) else [bases]
     return tuple(bases) if all(map(is_repository, bases)) else ()
 
@@ -189,10 +201,9 @@ def _merge_metadata(data: dict[str, Any], ledger: Ledger, subject: Subject) -> N
     for key, value in subject.licence.items():
         data.setdefault(key, value)
     if subject.base_model:
-        bases = subject.bases[0] if len(subject.bases) == 1 else subject.bases
-        if bases != data.get("base_model"):
+        if subject.bases not in (data.get("base_model"), [data.get("base_model")]):
             data.pop("base_model_relation", None)
-        data["base_model"] = bases
+            data["base_model"] = subject.bases[0] if len(subject.bases) == 1 else subject.bases
         if not subject.fisher_only:
             relation = "finetune" if len(subject.bases) == 1 else "merge"
             data.setdefault("base_model_relation", subject.relation or relation)

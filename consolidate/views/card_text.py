@@ -46,7 +46,8 @@ def card_text(ledger: Ledger, subject: Subject) -> str:
     rule = ledger.merge_rule + (f", γ = {ledger.gamma:g}" if ledger.merge_rule == "online" else "")
     copied = copies(ledger)
     unprotected = [why for name, why in ledger.unprotected.items() if name not in copied]
-    several = len(subject.base_model) > 1 or subject.relation == "merge" or branches
+    merged = subject.relation or ("merge" if len(subject.base_model) > 1 else None)
+    several = merged == "merge" or branches
     found = {
         **_what(subject),
         **_use(ledger, subject),

@@ -33,13 +33,13 @@ BATCH, T, VOCABULARY, PIXELS = 8, 12, 99, 64
 TEXT = """
 # The Fisher diagonal on real architectures
 
-Models of transformers, torchvision and torch with random weights at tiny sizes; empirical Fisher of
-{batch} examples. The columns *by …* count the parameter tensors measured by each method. Error: the
-largest over parameters of max |F − F₀| / max |F₀| against a batch-of-one loop in float64, with
-batches of 3, 3 and 2; once with the model in float32, once in float64, also where its code asks for
-float32 by name. Ratio: wall time of one batch of {batch} over a plain forward and backward pass of
-it, medians of {rounds}. At these sizes this is mostly the overhead of calls;
-[the benchmark](fisher.md) has real sizes.{quick}
+Models of transformers, timm, torchvision and torch with random weights at tiny sizes; empirical
+Fisher of {batch} examples. The columns *by …* count the parameter tensors measured by each method.
+Error: the largest over parameters of max |F − F₀| / max |F₀| against a batch-of-one loop in
+float64, with batches of 3, 3 and 2; once with the model in float32, once in float64, also where its
+code asks for float32 by name. Ratio: wall time of one batch of {batch} over a plain forward and
+backward pass of it, medians of {rounds}. At these sizes this is mostly the overhead of calls; [the
+benchmark](fisher.md) has real sizes.{quick}
 
 {table}
 

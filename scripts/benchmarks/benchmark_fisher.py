@@ -108,7 +108,7 @@ includes this cost, which occurs once per pass.
 
 One batch of each under torch's profiler, which slows down code with many calls. Milliseconds by
 kind of operation; *plain* is the forward and backward pass. *Between* is wall time outside of all
-operations: Python, and the kernel.
+operations: Python.
 
 {profiles}
 

@@ -43,7 +43,8 @@ the text read whole.
 {batches}
 
 *Tokens/s* are tokens per second of processor time, *transformers* those of its `generate` with
-the same batch, sampling without truncation, over {steps} steps.
+the same batch, sampling without truncation: one call of {steps} steps for each row, the first of
+the process included.
 
 ## Rounding to bfloat16
 

@@ -39,7 +39,8 @@ counts twice there.{quick}
 
 *Theory* is the bytes per parameter that the algorithm needs, times the parameters. *Above it* are
 the interpreter with torch and transformers ({base:.2f} GB, measured with an empty model), temporary
-copies of the largest tensor, activations, and freed memory that the allocator keeps.
+copies of the largest tensor, activations, and freed memory that the allocator keeps. *The rest* is
+all after the last step, at first with AdamW's moments still there.
 
 {table}
 
@@ -241,7 +242,10 @@ def page(found: Mapping[str, Measured], quick: bool) -> str:
 
 
 def main() -> None:
-    """Measure what was not measured yet, or what is asked for, and write the page of all of it."""
+    """Measure what was not measured yet, or what is asked for, and write the page.
+
+    A page that lacks a command of a model goes to experiments-output/.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--size",
@@ -249,35 +253,41 @@ def main() -> None:
         choices=SIZES,
         help="measure this model, even if it was measured before",
     )
-    parser.add_argument("--command", action="append", choices=COMMANDS, help="run only these")
+    parser.add_argument(
+        "--command", action="append", choices=COMMANDS, help="run only these, and keep nothing"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="an empty model alone; writes into experiments-output/"
     )
     options = parser.parse_args()
-    kept = results_folder(quick=True) / "memory.json"
+    kept, keeps = results_folder(quick=True) / "memory.json", not (options.quick or options.command)
     found: dict[str, Measured] = {}
-    if kept.is_file() and not options.quick:
+    if kept.is_file() and keeps:
         found = {
             name: measured_of(content) for name, content in json.loads(kept.read_text()).items()
         }
     before = sum(done.seconds for measured in found.values() for done in measured.runs.values())
     harness.STARTED -= before  # what went on in earlier runs of this script
     for name in ["empty", *([] if options.quick else options.size or SIZES)]:
-        if name in found and name not in (options.size or ()):
+        done = name in found and found[name].runs.keys() >= set(COMMANDS)
+        if done and name not in (options.size or ()):
             continue
         with tempfile.TemporaryDirectory() as place:
             for measured in measure(name, Path(place), options.command):
                 found[name] = measured
-                if not options.quick:
+                if keeps:
                     kept.write_text(json.dumps({n: as_json(m) for n, m in found.items()}))
     order = ["empty", *SIZES]
     found = {name: found[name] for name in order if name in found}
+    whole = all(name in found and found[name].runs.keys() >= set(COMMANDS) for name in order)
     write_page(
         "memory",
         page(found, options.quick),
-        quick=options.quick,
+        quick=not whole,
         packages=["transformers", "safetensors"],
     )
+    if whole and keeps:
+        kept.unlink()
 
 
 def as_json(measured: Measured) -> Any:

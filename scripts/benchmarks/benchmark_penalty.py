@@ -47,11 +47,11 @@ round, on one model with one optimizer; ratios of medians of at least {rounds} r
 {details}
 
 *Gradient* is `penalty.add_gradient_()` after `backward`, *proximal* is `penalty.proximal_step_`
-after the optimizer's step. *Autograd* is the usual form,
-`loss + λ/2 · Σ (Λ * (θ − μ) ** 2).sum()` before `backward`. *Blocks* is `add_gradient_()` of a
-`BlockPenalty` with a matrix R for every linear layer: one product out × n × n for each, whatever
-the batch. Λ, μ and R are float32 unless another dtype is named; the Fisher is noise, and the
-weights differ from their anchor.
+after the optimizer's step. *Autograd* is the usual form, `loss + λ/2 · Σ (Λ * (θ − μ) ** 2).sum()`
+before `backward`. *Blocks* is `add_gradient_()` of a `BlockPenalty` with a matrix R for every
+linear layer of at most four times as many inputs as outputs: one product out × n × n for each,
+whatever the batch. Λ, μ and R are float32 unless another dtype is named; the Fisher is noise, and
+the weights differ from their anchor.
 """
 
 Step = Callable[[], None]

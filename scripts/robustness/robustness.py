@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ sends it; of two commands at once likewise.
 - **After every kill** each output had to be the old one or the new one as a whole, the saved
   progress readable, the exit code as documented, and the branch on the Hub old or new.
 
-*Saved* counts kills with work of the command on disk at that moment. `merge`, `remap`, `report` and
+*Saved* counts kills with saved progress on disk at that moment. `merge`, `remap`, `report` and
 `push` save none: they are short, or nothing of them shows until they end.
 
 {kill_table}
@@ -147,14 +148,15 @@ def kill_part(records: Sequence[Record]) -> dict[str, object]:
     """Fill in what was killed."""
     from scripts.robustness.kills import COMMANDS, NOTHING
 
-    rows, phases = [], Counter[str]()
+    rows: list[list[Any]] = []
+    phases = Counter[str]()
     for command in COMMANDS:
         own = [record for record in records if record["command"] == command.name]
         kills = [kill for record in own for kill in record["kills"]]
         signals = Counter(name for name, _ in kills)
         phases.update(where for _, where in kills)
         one = sum(n for name, n in signals.items() if "one of" in name)
-        saved = sum(where != NOTHING for _, where in kills)
+        saved = sum(1 for _, where in kills if where not in (NOTHING, "done", "writing"))
         counts = [len(kills), signals["SIGKILL"], signals["SIGTERM"], one, saved, len(own)]
         rows.append([command.name, *counts, sum(len(r["differences"]) for r in own)])
     total = [sum(row[i] for row in rows) for i in range(1, 8)]

@@ -138,6 +138,19 @@ def test_descent() -> None:
     assert descent(first, ledger(task("x"), trained))[1] == ["task 1: expected 'a', found 'x'"]
 
 
+def test_a_renaming_may_order_the_layers_otherwise() -> None:
+    layers = [LayerRecord(1.0), LayerRecord(2.0, 0.5)]
+    one = ledger(task("a", layers=dict(zip("wv", layers, strict=True))))
+    other = ledger(task("a", layers=dict(zip("yx", layers[::-1], strict=True))))
+    assert descent(one, other) == ("weights", [])
+    for layers in (
+        [LayerRecord(2.0, 0.5), LayerRecord(1.0)],
+        [LayerRecord(1.0, 0.5), LayerRecord(2)],
+    ):
+        swapped = ledger(task("a", layers=dict(zip("wv", layers, strict=True))))
+        assert descent(one, swapped)[1] == ["the record of the task 'a' differs"]
+
+
 def test_descent_without_a_parent() -> None:
     first = ledger(task("a"))
     unknown = task("b", penalty="ewc", ewc_lambda=1.0)

@@ -508,6 +508,12 @@ def test_layers_with_factors_are_merged_by_them(tmp_path: Path, anchored: bool) 
         assert penalty_at(out, theta) == pytest.approx(2 * one + 0.5 * two, rel=1e-5)
     checked = consolidate.verify(out)
     assert ("factor_anchor" in checked) == anchored
+    same = [
+        factor_checkpoints.write(tmp_path / name, name, seed=0, anchored=anchored) for name in "xy"
+    ]
+    consolidate.merge(same, output_dir=tmp_path / "same")
+    ledger = read_fisher(tmp_path / "same" / "fisher").ledger
+    assert (ledger.factor_offset is None) == (not anchored)  # as it is the penalty_offset
     consolidate.merge(folders[::-1], output_dir=swapped, weights=[0.5, 2])
     for which in ("weights", "fisher"):
         for name, values in tensors(swapped, which).items():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import formats.fisher_folder
 from consolidate.api import show, verify
+from consolidate.chain.opening import with_fisher
 from consolidate.views.summary import show_text
 from consolidate.views.text import verify_text
 from formats.atomic import replace_folder
@@ -215,8 +216,9 @@ def test_a_nan_that_is_damage_too_is_told_as_both(golden: Callable[[str], Path])
 def test_negative_values(golden: Callable[[str], Path]) -> None:
     folder = golden("anchor")
     set_value(folder, "fisher/fisher.safetensors", -1e-30)
-    with pytest.raises(InputError, match=r"fisher\.safetensors: 'output\.weight' has 1 .*below 0"):
-        verify(folder)
+    for read in (verify, with_fisher):
+        with pytest.raises(InputError, match=r"fisher.* 'output\.weight' has 1 .*below 0"):
+            read(folder)
     anchored = golden("sharded")
     assert verify(anchored)["anchor"]["tensors"] == 3  # μ may be negative
 

@@ -342,7 +342,11 @@ def test_shards_have_the_names_of_the_format(golden: Any) -> None:
     index = folder / "fisher.safetensors.index.json"
     (folder / "fisher-00002-of-00002.safetensors").rename(folder / "model.safetensors")
     index.write_text(index.read_text().replace("fisher-00002-of-00002", "model"))
-    with pytest.raises(InputError, match=r"shards named fisher-0000i.*, found model\.safetensors"):
+    with pytest.raises(InputError, match=r"2 shards, with .*00002-of-00002.*, found model\.saf"):
+        read_fisher(folder)
+    (folder / "model.safetensors").rename(folder / "fisher-00003-of-00003.safetensors")
+    index.write_text(index.read_text().replace('"model.', '"fisher-00003-of-00003.'))
+    with pytest.raises(InputError, match=r"00002-of-00002.*, found fisher-00003-of-00003"):
         read_fisher(folder)
 
 
@@ -378,6 +382,14 @@ def test_a_link_that_leads_out_is_refused(golden: Any, tmp_path: Path, name: str
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match=f"{name} is a link to .*elsewhere, outside"):
         read_fisher(folder)
+
+
+def test_an_index_that_is_a_link_out_is_refused(golden: Any, tmp_path: Path) -> None:
+    index = golden("sharded") / "fisher.safetensors.index.json"
+    shutil.move(index, tmp_path / "elsewhere")
+    index.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"index\.json is a link to .*elsewhere, outside"):
+        read_fisher(index.parent)
 
 
 def test_other_weights_are_told_by_tensor(golden: Any) -> None:

@@ -385,8 +385,11 @@ DAMAGE_2 = {
     "dimensions in disorder": (changed("blocks/w.R/dims", [1, 0]), "dims: expected ascending"),
     "a dimension too many": (changed("blocks/w.R/dims", [2]), "a parameter with the dimensions"),
     "another dimension": (changed("blocks/w.R/dims", [0]), r"the shape \[2, 2\], found \[3, 3\]"),
-    "a bias": (changed("blocks/w.R/parameters", ["w", "v"]), r"the shape \[4, 4\], found \[3, 3\]"),
     "a bias of another layer": (changed("blocks/w.G/parameters", ["w", "v"]), r"shape \[4, 4\]"),
+    "a bias of other outputs": (
+        changed("blocks/w.R/parameters", ["w", "v"]),
+        r"a bias of the outputs, found shape \[4\]",
+    ),
     "biases alone": (changed("blocks/w.R/parameters", ["v"]), "a parameter with the dimensions"),
     "a parameter without a Fisher": (changed("blocks/w.R/parameters", ["count"]), "has no Fisher"),
     "a parameter twice": (changed("blocks/w.R/parameters", ["w", "w"]), "two matrices R"),

@@ -11,7 +11,7 @@ from formats.errors import InputError, UsageError
 from formats.hub import commits_of, locate
 from support import loopback_hub
 from support.checkpoints import Write
-from support.loopback_hub import Hub, Repository, run
+from support.loopback_hub import ALWAYS, Hub, Repository, run
 from support.networks import make_network
 
 MAKE = "support.networks:make_network"
@@ -216,6 +216,50 @@ def test_other_copies_of_the_weights_are_not_fetched(wide: Path, tmp_path: Path,
     assert not any(hub.sent[name] for name in copies)
     code, _, err = run(tmp_path, *words, HF_HUB_OFFLINE="1")
     assert code == 0, err
+
+
+def test_a_pickle_of_the_usual_name_is_the_weights_beside_another_file(
+    wide: Path, tmp_path: Path, hub: Hub
+) -> None:
+    torch.save(load_file(wide / "model.safetensors"), wide / "pytorch_model.bin")
+    (wide / "model.safetensors").rename(wide / "value_head.safetensors")
+    hub.put("user/name", wide)
+    words = ("evaluate", "user/name", "--data", tmp_path / "old.npz", "--model", MAKE)
+    # A download that ended early leaves nothing that counts as the whole.
+    hub.fail(r"GET /user/name/resolve/[^/]+/pytorch_model\.bin", 503, times=ALWAYS)
+    code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
+    assert code == 75, err
+    hub.failures.clear()
+    code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
+    assert code == 0, err
+    assert hub.sent["pytorch_model.bin"]
+    code, _, err = run(tmp_path, *words, HF_HUB_OFFLINE="1")
+    assert code == 0, err
+
+
+def test_a_model_without_a_fisher_is_told_by_its_name(wide: Path, tmp_path: Path, hub: Hub) -> None:
+    mine = shutil.copytree(wide, tmp_path / "mine")
+    shutil.rmtree(wide / "fisher")
+    hub.put("user/name", wide)
+    overlap = ("show", mine, "--overlap", "user/name")
+    for words in (("report", "user/name"), ("show", "user/name"), overlap):
+        code, _, err = run(tmp_path, *words, HF_ENDPOINT=hub.address)
+        assert code == 3, err
+        assert "snapshots" not in err
+
+
+def test_a_revision_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="names a revision, and so does --revision v1: name it"):
+        locate("user/name@v1", "v1")
+
+
+def test_a_name_that_is_on_the_hub_is_not_misspelt(wide: Path, tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "run" / "name").mkdir(parents=True)
+    hub.put("runs/name", wide)
+    hub.fail(r"GET /runs/name/resolve/", 503, times=ALWAYS)
+    code, _, err = run(tmp_path, "verify", "runs/name", HF_ENDPOINT=hub.address)
+    assert code == 75, err
+    assert "did you mean" not in err
 
 
 def test_shards_whose_names_begin_like_a_copy_are_fetched(

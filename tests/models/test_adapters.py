@@ -592,6 +592,22 @@ def test_the_fisher_of_a_base_model_on_the_hub_is_that_of_its_name(
     assert "run `consolidate fisher user/base --data OLD_DATA --output-dir DIR` first, or" in err
 
 
+def test_the_fisher_of_a_base_model_is_fetched_where_it_holds_an_adapter(
+    protected: Path, new_task: Path, tmp_path: Path, hub: Hub
+):
+    folder = peft_adapter(tmp_path / "adapter", protected, target_modules=["c_attn"])
+    hub.put("user/base", protected)
+    address = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
+    words = ("finetune", folder, "--base-model", "user/base", "--data", new_task, "--no-fisher")
+    words += ("--task", "new", "--max-steps", 1)
+    code, _, err = run(tmp_path, *words, "--penalty", "none", "--output-dir", "free", **address)
+    assert code == 0, err
+    assert not hub.sent["fisher/fisher.safetensors"]
+    code, _, err = run(tmp_path, *words, "--ewc-lambda", 1, "--output-dir", "held", **address)
+    assert code == 0, err
+    assert hub.sent["fisher/fisher.safetensors"]
+
+
 def test_a_search_tries_each_strength_from_the_same_adapter(
     protected: Path, task: Path, new_task: Path, tmp_path: Path
 ):

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from consolidate.estimation.likelihoods import get_likelihood
-from consolidate.ewc.low_rank_penalty import LowRank, MergedPenalty
 from consolidate.ewc.penalty import Penalty
 from consolidate.options import Recipe
 from consolidate.training.loop import (
@@ -20,7 +19,7 @@ from consolidate.training.loop import (
     seeded,
     training_steps,
 )
-from formats.errors import NonFiniteError, UsageError
+from formats.errors import NonFiniteError
 
 SOFTMAX = get_likelihood("softmax")
 LAMBDA = 3.0
@@ -222,16 +221,6 @@ def test_a_step_is_taken_when_it_is_asked_for() -> None:
     kept = model[0].weight.clone()
     steps.close()
     assert torch.equal(model[0].weight, kept)
-
-
-def test_a_penalty_without_a_proximal_step_is_refused() -> None:
-    layer = nn.Linear(5, 3)
-    factors = [nn.Parameter(torch.zeros(shape)) for shape in ((1, 5), (3, 1))]
-    fisher = {"weight": torch.ones(3, 5)}
-    layers = {"weight": LowRank(layer.weight, *factors, 1.0)}
-    held = MergedPenalty(layers, fisher, ewc_lambda=1.0)
-    with pytest.raises(UsageError, match="no proximal step"):
-        run(layer, [(x.float(), y) for x, y in batches([2])], held, penalty_step="proximal")
 
 
 def test_statistics_stay_frozen_unless_told() -> None:

@@ -203,6 +203,23 @@ def test_the_card_of_another_repository_names_the_base(ledger: Ledger) -> None:
     assert "consolidate finetune me/mine --data" in mine
 
 
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ("far/away", "made from [far/away](hub:/far/away) for"),
+        ("[far/away]", "made from [far/away](hub:/far/away) for"),
+        ("[a/b, c/d]\nbase_model_relation: merge", "Tasks of the merged models"),
+        ("[a/b, not a name]", "Tasks, in training order"),
+    ],
+)
+def test_a_second_card_is_the_first(ledger: Ledger, theirs: str, said: str) -> None:
+    existing = f"---\nbase_model: {theirs}\n---\n# Mine\n"
+    once = model_card(existing, ledger, SUBJECT)
+    assert said in once
+    assert metadata(once)["base_model"] == metadata(existing)["base_model"]
+    assert model_card(once, ledger, SUBJECT) == once
+
+
 def test_a_merge_has_several_bases(ledger: Ledger) -> None:
     data = metadata(model_card(None, ledger, replace(SUBJECT, base_model=("a/b", "c/d"))))
     assert (data["base_model"], data["base_model_relation"]) == (["a/b", "c/d"], "merge")

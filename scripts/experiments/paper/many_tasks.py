@@ -91,11 +91,11 @@ with each task, but for the row that says otherwise, which has gradient steps of
 
 **The search.** As in the paper learning rate (1e-4 … 1e-3, log-uniform; the paper's begin at 1e-5),
 width (two layers of {widths}; the paper's go to 2000) and λ (10 … 10³, log-uniform) are drawn at
-random: {trials} draws, the same for each row, and {lower} more at 1e-5 … 1e-4; one seed, all
-{tasks} tasks at half the steps, the best mean validation accuracy over them wins; the paper draws
-50 for each number of tasks. Rows with equal traces take what was found without them, joint training
-the rate and width of EWC, online. The budget is an hour on 2 cores; {minutes:.0f} minutes on one
-were taken. Found:
+random: {trials} draws, the same for each row, and {lower} more at 1e-5 … 1e-4; one seed, the first
+of the rows, all {tasks} tasks at half the steps, the best mean validation accuracy over them wins;
+the paper draws 50 for each number of tasks. Rows with equal traces take what was found without
+them, joint training the rate and width of EWC, online. The budget is an hour on 2 cores;
+{minutes:.0f} minutes on one were taken. Found:
 
 {search}
 """

@@ -176,9 +176,9 @@ SETTINGS = (
 TEXT = """
 Each benchmark with its published network, optimizer, rate, steps and batches; what differs is
 listed below. The last 5,000 of the 60,000 images are held out everywhere, and λ is chosen on them,
-by the mean over all tasks after the last, with one seed at a fraction of the steps; never on the
-test set. The Fisher is exact, on 2,000 images of a task unless said otherwise. Mean test accuracy
-over all tasks after the last, mean over seeds and its standard error:
+by the mean over all tasks after the last, with the first seed at a fraction of the steps; never on
+the test set. The Fisher is exact, on 2,000 images of a task unless said otherwise. Mean test
+accuracy over all tasks after the last, mean over seeds and its standard error:
 
 {table}
 

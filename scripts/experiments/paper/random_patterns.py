@@ -288,7 +288,7 @@ def report(records: Sequence[Record], folder: Path) -> Findings:
         ]  # fmt: skip
     text = TEXT.format(
         **any_record.unit.settings,
-        agreement=_agreement(agreement, worst, near),
+        agreement=_agreement(agreement),
         past=_past(by_method, n, gone, seen),
     )
     return Findings(text.strip(), rows)
@@ -321,9 +321,7 @@ def _slope_row(
     )
 
 
-def _agreement(
-    agreement: dict[str, dict[str, tuple[float, float]]], worst: float, near: float
-) -> str:
+def _agreement(agreement: dict[str, dict[str, tuple[float, float]]]) -> str:
     lines = [
         [method, *(f"{z:.2f} ({share:.2%})" for z, share in found.values())]
         for method, found in agreement.items()

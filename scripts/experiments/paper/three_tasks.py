@@ -83,8 +83,8 @@ What the paper's plot shows, and whether it holds here; a task is kept where its
 
 {claims}
 
-Each penalty's strength is the best of a search with one seed at a fifth of the steps, by the mean
-accuracy on the 5,000 held-out images of all three tasks after the last:
+Each penalty's strength is the best of a search at a fifth of the steps, with the first seed of the
+rows, by the mean accuracy on the 5,000 held-out images of all three tasks after the last:
 
 {search}
 """

@@ -147,6 +147,8 @@ def main() -> None:
         *("fisher", "start", "--model", "networks:mlp", "--data", "a-train.npz", "--task", "A"),
         *("--max-examples", 2000, "--seed", session.seed, "--overwrite"),
     )
+    for output in ("auto", "most"):  # of an output that is up to date the search is not told again
+        shutil.rmtree(session.folder / output, ignore_errors=True)
     auto = ("--ewc-lambda", "auto")
     both = ("--validation", "A=a-val.npz", "--validation", "B=b-val.npz")
     picture = f"{session.name}.png"

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import chdir, redirect_stdout
@@ -227,6 +228,8 @@ def main() -> None:
         *("--ewc-lambda", ",".join(plain(strength) for strength in STRENGTHS)),
         *("--validation", "A=a-validation.jsonl", "--validation", "B=b-validation.jsonl"),
     ]
+    # Of an output that is up to date the search is not told again.
+    shutil.rmtree(session.folder / "merged", ignore_errors=True)
     free = consolidate(
         session, "finetune", "start", *lora, "--penalty", "none", "--output-dir", "none", *common
     )

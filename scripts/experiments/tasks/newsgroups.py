@@ -23,19 +23,8 @@ from scripts.experiments.lib.common import (
     write_report,
 )
 from scripts.experiments.lib.tokenized import read_table
+from scripts.experiments.settings.newsgroups import GROUPS
 
-GROUPS = {
-    "a": [
-        *("comp.graphics", "comp.os.ms-windows.misc", "comp.windows.x"),
-        *("rec.autos", "rec.motorcycles", "sci.crypt", "sci.electronics"),
-        *("talk.politics.guns", "talk.politics.mideast"),
-    ],
-    "b": [
-        *("comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware"),
-        *("rec.sport.baseball", "rec.sport.hockey", "sci.med", "sci.space"),
-        *("talk.politics.misc", "talk.religion.misc"),
-    ],
-}
 L2 = (0.1, 1.0, 10.0)
 EWC = (1e4, 1e5, 1e6)
 PREPARATION = """\

@@ -93,8 +93,9 @@ which leaves out that of the single agents.{missing}
 {claims}
 
 A claim holds, or does not, where the gap is two standard errors above, or below, 0 over all {seeds}
-seeds{chance}. The ratio is that of the sums of the last third; the gap says by how much the claim
-is true, seed by seed. The shares and the factor two are this repository's marks, not the paper's.
+seeds{chance}. The ratio is that of the sums of the last third, then that of each seed; the gap says
+by how much the claim is true, mean over seeds. The shares and the factor two are this repository's
+marks, not the paper's.
 
 ![Score of each game over training, its visits shaded]({name}-each.png)
 
@@ -381,6 +382,7 @@ def _claims(records: Sequence[Record], seeds: int) -> str:
         [
             f"{one.text} ({TITLES[view]})",
             f"{one.ratio:.2f}",
+            ", ".join(f"{ratio:.2f}" for ratio in one.by_seed),
             _with_error(one.gap),
             str(one.gap.seeds),
             one.verdict,
@@ -388,7 +390,7 @@ def _claims(records: Sequence[Record], seeds: int) -> str:
         for view in views(records)
         for one in claims(records, view, seeds)
     ]
-    return markdown(["claim", "ratio", "gap", "seeds", "here"], lines)
+    return markdown(["claim", "ratio", "by seed", "gap", "seeds", "here"], lines)
 
 
 def _returns(records: Sequence[Record]) -> str:

@@ -229,6 +229,7 @@ class Claim(NamedTuple):
     method: str
     text: str
     ratio: float  # of the sum to that of the other, or to the limit
+    by_seed: list[float]  # the same of each seed alone
     gap: Mean  # above 0 where the claim is true
     verdict: str
 
@@ -257,10 +258,14 @@ def claims(records: Sequence[Record], view: str, seeds: int) -> list[Claim]:
         gap = mean([own[seed] - share * against[seed] for seed in both])
         if method == NONE:
             gap = gap._replace(value=-gap.value)
-        total = math.fsum(against[seed] for seed in both)
-        ratio = math.fsum(own[seed] for seed in both) / total if total else math.nan
-        result.append(Claim(method, text, ratio, gap, verdict(gap, seeds)))
+        by_seed = [_ratio(own[seed], against[seed]) for seed in both]
+        ratio = _ratio(*(math.fsum(one[seed] for seed in both) for one in (own, against)))
+        result.append(Claim(method, text, ratio, by_seed, gap, verdict(gap, seeds)))
     return result
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other if other else math.nan
 
 
 def verdict(gap: Mean, seeds: int) -> str:
