@@ -169,8 +169,8 @@ def remote_headers(name: str, commit: str, stem: str) -> dict[str, tuple[str, tu
 
 def _logged(name: str, snapshot: str, only: Sequence[str] | None) -> Path:
     path = Path(snapshot)
-    # The client makes the folder for the first file.
-    if only is not None and "config.json" not in only and not path.is_dir():
+    of_fisher = only is not None and "config.json" not in only
+    if of_fisher and not (path / "fisher" / "fisher.json").is_file():
         raise InputError(f"{name} has no fisher/fisher.json: name a checkpoint with a Fisher")
     LOG.info("%s is at commit %s", name, path.name)
     return path

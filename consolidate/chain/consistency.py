@@ -102,7 +102,7 @@ def _same_but_names(task: TaskRecord, other: TaskRecord) -> bool:
     if task.layers.keys() == other.layers.keys():
         return False
     layers = [
-        # In any order: that of the renamed file may be another.
+        # In any order, which a reader must not depend on.
         sorted((layer.trace, -1.0 if layer.overlap is None else layer.overlap) for layer in each)
         for each in (task.layers.values(), other.layers.values())
     ]

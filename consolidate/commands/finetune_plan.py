@@ -41,7 +41,7 @@ from formats.checkpoint import Checkpoint, check_finite, open_checkpoint
 from formats.digest import json_digest
 from formats.errors import InputError, UsageError
 from formats.fisher_folder import LEDGER_NAME, StoredFisher
-from formats.hub import FISHER, commits_of, find_local, locate
+from formats.hub import FISHER, VALUES, commits_of, find_local, locate
 from formats.rows import Rows
 from formats.task_file import TaskFile, open_task
 
@@ -327,7 +327,7 @@ def _open(options: FinetuneOptions, lora: Lora | None, target: Path | None) -> O
         folder = locate(options.checkpoint, asked_source.revision)
     penalty_on = _penalty_on(options, source, lora)
     needed = penalty_on == "merged" and kind == "ewc" and fisher is None
-    source = with_base(source, asked_source.base_model, without=() if needed else FISHER)
+    source = with_base(source, asked_source.base_model, without=() if needed else VALUES)
     if target is not None:
         check_output(target, source, overwrite=options.saving.overwrite, whole=True)
     of_base = source.base is not None and penalty_on == "merged"

@@ -230,12 +230,7 @@ def _factors(ledger: Ledger, traces: Mapping[str, float], total: float) -> Shown
 def _remote_ledger(checkpoint: str | Path, revision: str | None) -> tuple[Path, Ledger]:
     """Fetch the ledger of a repository, and check the headers of its Fisher against it."""
     folder = locate(checkpoint, revision, only=[f"fisher/{LEDGER_NAME}"])
-    path = folder / "fisher" / LEDGER_NAME
-    if not path.is_file():
-        raise InputError(
-            f"{checkpoint} on the Hub has no fisher/{LEDGER_NAME}: name a checkpoint with a Fisher"
-        )
-    ledger = read_ledger(path)
+    ledger = read_ledger(folder / "fisher" / LEDGER_NAME)
     ((name, commit),) = commits_of(folder).items()
     for kind, records in (("fisher", ledger.fisher), ("factors", ledger.factors or {})):
         if not records:

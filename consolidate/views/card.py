@@ -63,12 +63,13 @@ def model_card(existing: str | None, ledger: Ledger, subject: Subject) -> str:
     found = REGEX_YAML_BLOCK.search(existing.removeprefix("\ufeff"))
     ours = _BLOCK.search(card.text)
     if not subject.base_model:
-        merge = not ours or ours[1] in ("", subject.repository)
-        merge = merge and vars(card.data).get("base_model_relation") == "merge"
+        own = not ours or ours[1] in ("", subject.repository)
+        relation = vars(card.data).get("base_model_relation")
+        known = own and relation in ("finetune", "merge")
         subject = replace(
             subject,
             base_model=_named(card, subject.repository) if ours else _bases(card),
-            relation=subject.relation or ("merge" if merge else None),
+            relation=subject.relation or (relation if known else None),
         )
     _merge_metadata(vars(card.data), ledger, subject)
     name = subject.repository

@@ -47,7 +47,8 @@ def card_text(ledger: Ledger, subject: Subject) -> str:
     copied = copies(ledger)
     unprotected = [why for name, why in ledger.unprotected.items() if name not in copied]
     merged = subject.relation or ("merge" if len(subject.base_model) > 1 else None)
-    several = merged == "merge" or branches
+    # Tasks that were measured on another program's merge came one after the other.
+    several = branches or (merged == "merge" and ledger.merge_rule == "separate")
     found = {
         **_what(subject),
         **_use(ledger, subject),

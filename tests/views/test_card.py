@@ -75,9 +75,12 @@ def test_factors_are_described_with_what_they_reveal(ledger: Ledger) -> None:
 def test_tasks_of_merged_models_are_in_no_order(ledger: Ledger) -> None:
     assert "### Tasks, in training order\n" in model_card(None, ledger, SUBJECT)
     parents = [replace(each, penalty="ewc", parent="b" * 64) for each in ledger.tasks]
+    separate, two = replace(ledger, merge_rule="separate"), ("them/one", "them/two")
+    of_others = model_card(None, ledger, replace(SUBJECT, base_model=two))
+    assert "### Tasks, in training order\n" in of_others
     for merged, subject in (
-        (ledger, replace(SUBJECT, relation="merge")),
-        (ledger, replace(SUBJECT, base_model=("them/one", "them/two"))),
+        (separate, replace(SUBJECT, relation="merge")),
+        (separate, replace(SUBJECT, base_model=two)),
         (replace(ledger, tasks=parents), SUBJECT),
     ):
         card = model_card(None, merged, subject)
@@ -209,11 +212,13 @@ def test_the_card_of_another_repository_names_the_base(ledger: Ledger) -> None:
         ("far/away", "made from [far/away](hub:/far/away) for"),
         ("[far/away]", "made from [far/away](hub:/far/away) for"),
         ("[a/b, c/d]\nbase_model_relation: merge", "Tasks of the merged models"),
+        ("[a/b, c/d]\nbase_model_relation: finetune", "Tasks, in training order"),
         ("[a/b, not a name]", "Tasks, in training order"),
     ],
 )
 def test_a_second_card_is_the_first(ledger: Ledger, theirs: str, said: str) -> None:
     existing = f"---\nbase_model: {theirs}\n---\n# Mine\n"
+    ledger = replace(ledger, merge_rule="separate")
     once = model_card(existing, ledger, SUBJECT)
     assert said in once
     assert metadata(once)["base_model"] == metadata(existing)["base_model"]
