@@ -379,6 +379,9 @@ def test_an_evaluation_of_an_unknown_task_is_refused(
     consolidate.fisher(start, data, task="a", **MODEL)
     with pytest.raises(InputError, match=r"--task b: expected one of a$"):
         evaluate(start, data, task="b", **MODEL)
+    (start / "fisher" / "fisher.json").unlink()  # which would tell of saved heads
+    with pytest.raises(InputError, match=r"fisher\.json: expected the ledger, found no regular"):
+        evaluate(start, data, **MODEL)
 
 
 def test_a_damaged_head_is_refused(start: Path, pairs: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from scripts.experiments.lib import sittings
-from scripts.experiments.lib.records import Mean, Record, Unit
+from scripts.experiments.lib.records import Findings, Mean, Record, Unit
 from scripts.experiments.paper.games import games, games_page, games_scores, protocol
 from scripts.experiments.paper.games.agent import Agent, Layout, Learning, Network
 from scripts.experiments.paper.games.buffer import Buffer
@@ -747,7 +747,7 @@ def test_the_page_says_what_holds(tmp_path: Path) -> None:
     assert "| EWC is at least 2 times no protection (ten channels) | 4.33 |" in found.text
     assert "L2 (ten channels; 0 of 3 seeds done)" in found.text
     assert "no protection (ten channels;" not in found.text
-    assert "| channels | 0.750 | 2.0 | 3 of 3 | 4 | 0.0 |" in found.text
+    assert "| channels | 3 | 0.750 | 2.0 | 3 of 3 | 4 | 0.0 |" in found.text
     assert "{" not in found.text
     for part in ("", "-each", "-noise", "-contexts"):
         assert f"](games{part}.png)" in found.text
@@ -759,6 +759,19 @@ def test_a_claim_waits_for_all_seeds(tmp_path: Path) -> None:
     found = games.EXPERIMENT.report(records, tmp_path)
     assert {line.difference for line in found.rows[:-1]} == {"–"}
     assert "no protection (ten channels; 2 of 3 seeds done)" in found.text
+
+
+def test_a_claim_waits_for_the_single_agents_of_what_counts(tmp_path: Path) -> None:
+    records = played({protocol.NONE: 2.0, protocol.EWC: 7.0})
+
+    def without(game: str) -> Findings:
+        some = [r for r in records if (r.unit.seed, *r.unit.settings["games"]) != (2, game)]
+        return games.EXPERIMENT.report(some, tmp_path)
+
+    for game, held in (("breakout", "–"), ("seaquest", "holds")):
+        found = without(game)
+        assert found.rows[0].difference == held
+        assert "single agents (ten channels; 8 of 9 done)" in found.text
 
 
 def test_without_records_there_is_no_page(tmp_path: Path) -> None:

@@ -94,13 +94,13 @@ which leaves out that of the single agents.{missing}
 
 A claim holds, or does not, where the gap is two standard errors above, or below, 0 over all {seeds}
 seeds{chance}. The ratio is that of the sums of the last third, then that of each seed; the gap says
-by how much the claim is true, mean over seeds. The shares and the factor two are this repository's
-marks, not the paper's.
+by how much the claim is true, mean over the seeds that both rows have. The shares and the factor
+two are this repository's marks, not the paper's.{compared}
 
 ![Score of each game over training, its visits shaded]({name}-each.png)
 
-Curves and visits of the first seed. Returns over the last third, and those of a single agent at as
-many steps of a game as a row has had of it by then:
+Curves and visits of the first seed{drawn}. Returns over the last third, and those of a single agent
+at as many steps of a game as a row has had of it by then:
 
 {returns}
 
@@ -132,8 +132,8 @@ single agent, not of a human.
 
 {atari}
 """
-SEARCH_TEXT = """ λ and the likelihood are those with the best mean score over the second half
-of a run of {searched}, one seed that is not a row's ({cost:.1f} hours of processor time in all),
+SEARCH_TEXT = """ λ and the likelihood are those with the best mean score over the second half of a
+run{drawn} of {searched}, one seed that is not a row's ({cost:.1f} hours of processor time in all),
 against the last three looks of the first seed's single agents; the game that is not played counts
 four times, since four of five are not played in the rows. EWC has had more trials than L2, whose
 best is hardly above no protection there. The penalty is over one other game there, over all others
@@ -143,12 +143,14 @@ for those with other heads, gains or frames:
 {table}"""
 OCCUPIED_TEXT = """ Where cells are only occupied or not, it sees the last four screens,
 in which the gold and the enemies of asterix look alike."""
+COMPARED = """ While a game that is apart is played, the sum has no game that is being
+learned, which lowers no protection most: ratios of the two kinds of frames do not compare."""
 OVERLAP = """
 ## Overlap of the games' Fishers
 
 ![Overlap of Fishers by layer]({name}-overlap.png)
 
-After the last visit, mean over all pairs of games and seeds: {overlaps}.
+After the last visit{drawn}, mean over all pairs of games and seeds: {overlaps}.
 """
 RECOGNITION = """
 ## Recognising the game
@@ -178,7 +180,7 @@ Purity is the share of time in which the game is the one that the present contex
 before the window that tells has ended too. A switch is found if the context changes before the next
 one; the delay is to the last step of the window that tells, in steps of all copies. All other
 changes are false alarms, which is what tells against a context that changes all the time.{beside}
-Means over seeds:
+Means over seeds, switches summed:
 
 {table}
 
@@ -202,9 +204,11 @@ of so few steps are left out of scores since then, which leaves the training as 
 BESIDE = """ The baseline takes the highest channel in use in the last {window} steps as the
 context. Beside it, on the same play and with the same settings, are the frames of one copy alone,
 and cells that are only occupied or not."""
+OWN_PLAY = """ The row `occupied` is the recogniser that leads the agent whose cells are only
+occupied or not, on that play; of its four screens it sees the newest. None of its settings were
+chosen for that."""
 SEEN_AS = {
     CHANNELS: "one colour for each cell, the highest channel in use or none",
-    OCCUPIED: "one colour for each cell, the highest channel in use or none",
     GREY: "42 × 42 pixels of 16 greys",
 }
 NOISE = """
@@ -212,7 +216,7 @@ NOISE = """
 
 ![Score against the size of the noise]({name}-noise.png)
 
-Noise on the shared weights of agents that play one game alone, uniform or with a variance in
+Noise on the shared weights of agents that play one game alone{drawn}, uniform or with a variance in
 proportion to 1/(F + ε) as for [MNIST](weight-noise.md), F by the likelihood `gaussian`; size is the
 root mean square over weights. Noise in the null space is [on MNIST](weight-noise.md) alone.
 Mean score over seeds, then over the {count} games that are learned (bars: standard error over
@@ -302,10 +306,14 @@ def _whole(
         single=_ofviews(main, lambda view: f"{ceiling(main, view):.2f}"),
         apart=_apart(main),
         missing=_missing(main, planned, seeds),
+        compared=COMPARED if len(views(main)) > 1 else "",
+        drawn=_drawn(main),
         claims=_claims(main, seeds),
         returns=_returns(main),
         kept=_kept(main),
-        search=_search(searches) if searches else f" λ = {settings.ewc_lambda:g}, as published.",
+        search=_search(searches, main)
+        if searches
+        else f" λ = {settings.ewc_lambda:g}, as published.",
         overlap=_overlap(main, folder, name),
         recognition=_recognition(main, folder, name),
         noise=_noise(main, folder, name),
@@ -322,6 +330,12 @@ def _ofviews(records: Sequence[Record], say: Callable[[str], str]) -> str:
     if len(set(found.values())) == 1:
         return next(iter(found.values()))
     return " or ".join(f"{text} ({TITLES[view]})" for view, text in found.items())
+
+
+def _drawn(records: Sequence[Record]) -> str:
+    """Name the view that a picture or a table is of, where there are two."""
+    shown = views(records)
+    return f" ({TITLES[shown[0]]})" if len(shown) > 1 else ""
 
 
 def _apart(records: Sequence[Record]) -> str:
@@ -347,6 +361,10 @@ def _missing(records: Sequence[Record], planned: Mapping[str, Sequence[str]], se
             done = len(chosen(records, method=method, view=view))
             if done < seeds:
                 said.append(f"{method} ({TITLES[view]}; {done} of {seeds} seeds done)")
+        alone = [len(some) for some in singles(records, view).values()]
+        if alone and min(alone) < seeds:
+            total = f"{sum(alone)} of {seeds * len(alone)}"
+            said.append(f"single agents ({TITLES[view]}; {total} done)")
     return f" Still to run: {', '.join(said)}." if said else ""
 
 
@@ -430,7 +448,7 @@ def _searched(settings: Mapping[str, Any]) -> str:
     return f"{games}, {settings['visits']} visits of {settings['stretch']:,} steps on average"
 
 
-def _search(searches: Sequence[Record]) -> str:
+def _search(searches: Sequence[Record], records: Sequence[Record]) -> str:
     lines = []
     for one in sorted(searches, key=_place):
         values = one.unit.settings
@@ -440,6 +458,7 @@ def _search(searches: Sequence[Record]) -> str:
         lines.append([penalty, strength, score])
     return SEARCH_TEXT.format(
         searched=_searched(searches[0].unit.settings),
+        drawn=_drawn(records),
         cost=sum(r.processor_seconds or r.seconds for r in searches) / 3600,
         table=markdown(["penalty", "λ", "mean score"], lines),
     )
@@ -544,7 +563,7 @@ def _overlap(records: Sequence[Record], folder: Path, name: str) -> str:
             colour = "k" if value > 0.6 else "w"
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
     save_picture(figure, folder, f"{name}-overlap")
-    return OVERLAP.format(name=name, overlaps=", ".join(said)).strip()
+    return OVERLAP.format(name=name, drawn=_drawn(records), overlaps=", ".join(said)).strip()
 
 
 def _recognition(records: Sequence[Record], folder: Path, name: str) -> str:
@@ -556,24 +575,40 @@ def _recognition(records: Sequence[Record], folder: Path, name: str) -> str:
         for which, found in record.figures["recognition"].items():
             view = record.unit.settings["view"]
             title = which if which.startswith(view) else f"{which}, on the play of {view}"
-            by_name.setdefault(title, []).append(found)
+            if which != f"{OCCUPIED}, highest channel in use":  # one channel tells nothing
+                by_name.setdefault(title, []).append(found)
     lines = []
     for which, found in by_name.items():
         delays = [one["delay"] for one in found if one["delay"] is not None]
         lines.append([
             which,
+            str(len(found)),
             f"{np.mean([one['purity'] for one in found]):.3f}",
             f"{np.mean([one['contexts'] for one in found]):.1f}",
             f"{sum(one['found'] for one in found)} of {sum(one['switches'] for one in found)}",
             f"{np.mean(delays):,.0f}" if delays else "–",
             f"{np.mean([one['false_alarms'] for one in found]):,.1f}",
         ])  # fmt: skip
-    header = ["frames", "purity", "contexts", "switches found", "delay, steps", "false alarms"]
+    header = [
+        "frames",
+        "seeds",
+        "purity",
+        "contexts",
+        "switches found",
+        "delay, steps",
+        "false alarms",
+    ]
     _draw_contexts(some, folder, name)
     settings = from_record(some[0].unit.settings)
     known = settings.recognising
     assert known is not None
-    same, visits = np.sum([known_again(record) for record in some], axis=0)
+    own_play = OWN_PLAY if OCCUPIED in views(records) else ""
+
+    def again(view: str) -> str:
+        rows = [known_again(record) for record in chosen(some, view=view)]
+        same, visits = np.sum(rows or [(0, 0)], axis=0)
+        return f"{same} of {visits}"
+
     return RECOGNITION.format(
         name=name,
         table=markdown(header, lines),
@@ -582,10 +617,10 @@ def _recognition(records: Sequence[Record], folder: Path, name: str) -> str:
         frames=settings.copies * known.window,
         weight=known.alike * known.prior,
         choice="These settings were chosen on MinAtar." if settings.view == GREY else CHOICE,
-        beside="" if settings.view == GREY else BESIDE.format(window=known.window),
+        beside="" if settings.view == GREY else BESIDE.format(window=known.window) + own_play,
         copies=settings.copies,
         least=settings.least_steps,
-        again=f"{same} of {visits}",
+        again=_ofviews(records, again),
     ).strip()
 
 
@@ -660,7 +695,8 @@ def _noise(records: Sequence[Record], folder: Path, name: str) -> str:
     save_picture(figure, folder, f"{name}-noise")
     lines = [[kind, *(f"{v:.2f}" for v in values.mean(0))] for kind, values in found.items()]
     table = markdown(["noise", *(f"{size:g}" for size in sizes)], lines)
-    return NOISE.format(name=name, table=table, count=len(found[SHAPED])).strip()
+    count = len(found[SHAPED])
+    return NOISE.format(name=name, drawn=_drawn(records), table=table, count=count).strip()
 
 
 def _atari(record: Record) -> str:
@@ -685,7 +721,10 @@ def _rows(records: Sequence[Record], name: str, seeds: int, planned: Collection[
     }  # the first of each method
     count = len(counted(records, view))
     published = {
-        NONE: ("stays below 1", f"{count} games here, ten of Atari there, in units of a human"),
+        NONE: (
+            "stays below 1",
+            f"{count} games here{_drawn(records)}, ten of Atari there, in units of a human",
+        ),
         L2: ("–", "the same protocol with a Fisher of 1"),
         EWC: ("well above no protection", "held against being above"),
         RECOGNISED: ("nearly as with true labels", f"held against {NEARLY:.0%} of them"),

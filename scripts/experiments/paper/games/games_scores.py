@@ -240,6 +240,8 @@ def claims(records: Sequence[Record], view: str, seeds: int) -> list[Claim]:
         return []
     found = {method: lasts(records, view, method) for method in METHODS}
     single = ceiling(records, view)
+    alone = singles(records, view)
+    whole = all(len(alone[game]) >= seeds for game in counted(records, view))
     limits: list[tuple[str, str, float, str | float]] = [
         (NONE, "no protection is below 1", 1.0, 1.0),
         (EWC, "EWC is above no protection", 1.0, NONE),
@@ -260,7 +262,9 @@ def claims(records: Sequence[Record], view: str, seeds: int) -> list[Claim]:
             gap = gap._replace(value=-gap.value)
         by_seed = [_ratio(own[seed], against[seed]) for seed in both]
         ratio = _ratio(*(math.fsum(one[seed] for seed in both) for one in (own, against)))
-        result.append(Claim(method, text, ratio, by_seed, gap, verdict(gap, seeds)))
+        result.append(
+            Claim(method, text, ratio, by_seed, gap, verdict(gap, seeds) if whole else "–")
+        )
     return result
 
 
